@@ -5782,24 +5782,24 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims all units
-# at the agent, which says, as their turn comes, which script to run.
+# Boot. A directory of scripts as one graph: all headers are read and checked, then one request claims all units at the
+# agent, which says when each script may start.
 #
-# A boot is two processes. The front is the one that was called: it keeps the terminal and all that its caller gave it,
-# and has COMMAND. The background process has a session of its own, runs the scripts, and is their parent as long as one
-# of them runs: by one thread and one poll for what the agent says, output, ends, probes, signals and time. A pair of
-# sockets tells each of the two at once that the other has ended.
+# A boot is two processes. The front is the one that was called: it keeps the terminal and descriptors of its caller,
+# and becomes or runs COMMAND. The background process leads a session of its own and is the parent of all scripts: one
+# thread with one poll handles the agent, output, ends of processes, probes, signals and deadlines. A socket pair
+# connects the two, so that each sees at once that the other has ended.
 #
-# A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
-# Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
+# A script has ended when its processes have, not when its output ends, since a daemon may keep that open. While our own
+# output is not taken, the scripts have to wait; after the startup their output is dropped instead.
 # ----------------------------------------------------------------------------------------------------------
 
-HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
-LAST_LINES = 10
-CUT = 8192  # bytes after which a line of output is cut in two
-FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
+HEADER_LINES = 50  # searched for headers, also below code; more if all of them are comments
+LAST_LINES = 10  # of a unit that has failed, shown in the summary
+LONGEST_LINE = 8192  # an incomplete line that is longer is printed at once
+FULL = 1 << 18  # bytes of pending output above which no script's output is read
 MARKS = ("#", "//", "--", ";")
-# The endings of files that are kept beside a script, or were taken out of use; more are those of package managers.
+# Endings of files that are not run: copies, scripts taken out of use, and what package managers leave.
 NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
 PACKAGED = (".dpkg-", ".ucf-", ".rpm")
 HEADERS = {  # word -> what follows it, and what it means
@@ -5817,7 +5817,7 @@ HEADERS = {  # word -> what follows it, and what it means
 
 
 class Edge(Record):
-    """What a script wants, and the file and line that say so."""
+    """A dependency of a script, and the file and line of its header."""
 
     dependency: str
     requires: str
@@ -5825,11 +5825,11 @@ class Edge(Record):
 
 
 class Script(Record):
-    """One file that `boot` runs, and what its headers say."""
+    """A file that `boot` runs, and the contents of its headers."""
 
     path: str
     unit: str
-    place: str  # the file and line that name the unit
+    place: str  # file and line of the unit's name
     limits: Limits
     want: list[Edge]
     after: list[Edge]
@@ -5839,14 +5839,14 @@ class Script(Record):
 
 
 def warn(text: str) -> None:
-    """Say what is odd in a file, but does not keep it from being run."""
+    """Print a warning about a file."""
     say(f"warning: {printable(text)}", 2)
 
 
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
-    """Return a script from the start of its file; mistakes are added with file and line."""
+    """Return a script from the start of its file; append each mistake with file and line."""
     script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", Limits(), [], [], [], [], [])
-    said: dict[str, int] = {}  # the line of each header that there may be once
+    seen: dict[str, int] = {}  # the line of each header that is allowed once
     lines = text.decode(errors="replace").splitlines()
     code = (number for number, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS))
     last = max(HEADER_LINES, next(code, len(lines)))
@@ -5854,7 +5854,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
         mark, found, rest = line.partition("coder-sync:")
         try:
             if found and mark.strip() in MARKS:
-                read_header(script, rest.strip(), number, said)
+                read_header(script, rest.strip(), number, seen)
             elif looks_like_header(line):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except SyncError as error:
@@ -5862,8 +5862,8 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     for number, line in enumerate(lines[last:], last + 1):
         if looks_like_header(line):
             warn(f"{path}:{number}: not read as a header: too far down; move it up")
-    if "ready-timeout" in said and "ready" not in said:
-        mistakes.append(f"{path}:{said['ready-timeout']}: ready-timeout without ready")
+    if "ready-timeout" in seen and "ready" not in seen:
+        mistakes.append(f"{path}:{seen['ready-timeout']}: ready-timeout without ready")
     try:
         check_name(script.unit)
     except Refused as error:
@@ -5872,7 +5872,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
 
 
 def unit_of(name: str) -> str:
-    """Return the unit that a file is by its name: without a number in front, and without its ending."""
+    """Return the unit name for a file name: without a leading number, and without the ending."""
     digits = len(name) - len(name.lstrip("0123456789"))
     if digits and name[digits : digits + 1] in ("-", "_"):
         name = name[digits + 1 :]
@@ -5880,15 +5880,15 @@ def unit_of(name: str) -> str:
 
 
 def looks_like_header(line: str) -> bool:
-    """Return whether a comment was meant to be a header, and is not only about us."""
+    """Return whether a line seems to be meant as a header, perhaps a misspelt one."""
     words = line.strip().lstrip("#/-; ").lower().replace(":", " ").split()
     if not line.strip().startswith(MARKS) or len(words) < 2 or words[1] not in HEADERS:
         return False
     return words[0] == "coder-sync" or resembling(words[0], ["coder-sync"]) != ""
 
 
-def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
-    """Take what a header in a line says. Raises UsageError, Refused."""
+def read_header(script: Script, text: str, line: int, seen: dict[str, int]) -> None:
+    """Add the contents of a header to its script. Raises UsageError, Refused."""
     word = "".join(text.split()[:1])
     if word not in HEADERS:
         known = ", ".join(f"{name} {form}" for name, (form, _) in HEADERS.items())
@@ -5897,7 +5897,7 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
     if word == "want":
         rest = rest.replace("--requires=", "--requires ")
     words = rest.split()
-    if word == "ready":  # for a shell, or nobody
+    if word == "ready":  # a shell splits it
         words = [rest]
     elif set(rest) & set("\"'\\"):
         import shlex
@@ -5914,8 +5914,8 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
     if len(words) > len(form.split()):
         hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
         raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
-    if said.setdefault(word, line) != line:
-        raise UsageError(f"{word}: line {said[word]} says so already")
+    if seen.setdefault(word, line) != line:
+        raise UsageError(f"{word}: line {seen[word]} says so already")
     if word == "unit":
         script.unit, script.place = check_name(words[0]), f"{script.path}:{line}"
     elif word == "ready":
@@ -5930,7 +5930,7 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
 
 
 def read_names(script: Script, word: str, names: list[str], place: str) -> None:
-    """Take the names in a header. Raises UsageError, Refused."""
+    """Add the names in a header to its script. Raises UsageError, Refused."""
     requires: str = COMPLETION if word == "after" else SUCCESS
     if word == "want" and "--requires" in names:
         at = names.index("--requires")
@@ -5948,11 +5948,15 @@ def read_names(script: Script, word: str, names: list[str], place: str) -> None:
 
 
 def check_program(path: str, text: bytes) -> str:
-    """Return what keeps a file from being run, or nothing. Raises OSError."""
+    """Return why a file cannot be run; an empty text if it can. Raises OSError."""
     first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
     program, *words = first[2:].split() or [""]
     if not os.access(path, os.X_OK):
-        return not_executable(path)
+        import shlex
+
+        noexec = os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0)
+        hint = ": its file system is mounted noexec" if noexec else f"; chmod +x {shlex.quote(path)}"
+        return f"not executable{hint}"
     if text.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         return "it begins with a byte-order mark; save it as UTF-8 without one"
     if not first.startswith("#!"):
@@ -5965,23 +5969,14 @@ def check_program(path: str, text: bytes) -> str:
     import shutil
 
     program = "".join(words[1:2] if words[:1] == ["-S"] else words[:1])
-    for_env = program[:1] == "-" or "=" in program  # which says itself what it cannot run
+    for_env = program[:1] == "-" or "=" in program  # env(1) prints an error of its own
     return "" if for_env or shutil.which(program) else f"its interpreter {program} is not in PATH"
 
 
-def not_executable(path: str) -> str:
-    """Return why a file cannot be run that is no program, and what to do about it. Raises OSError."""
-    import shlex
-
-    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
-        return "not executable: its file system is mounted noexec"
-    return f"not executable; chmod +x {shlex.quote(path)}"
-
-
 def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
-    """Read and check everything; return the scripts. Raises UsageError with every mistake, a line each."""
+    """Read and check all scripts, and return them. Raises UsageError with all mistakes, one a line."""
     mistakes: list[str] = []
-    left_out: dict[str, str] = {}  # unit -> the file that would provide it, and why it does not
+    left_out: dict[str, str] = {}  # unit -> why the file that would provide it is not run
     scripts = [script for path in paths for script in scripts_at(path, mistakes, left_out)]
     by_name: dict[str, Script] = {}
     for script in scripts:
@@ -6007,7 +6002,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
     for unit, edge in implied:
         if unit in by_name and edge.dependency in by_name:
             wants = by_name[unit].want
-            if all(other.dependency != edge.dependency for other in wants):  # else it says itself what it wants of it
+            if all(other.dependency != edge.dependency for other in wants):  # else the script has its own requirement
                 wants.append(edge)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
@@ -6018,7 +6013,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
-    """Return the scripts of a directory, or one file."""
+    """Iterate over the scripts at a path, a directory or one file; append mistakes, and what is left out."""
     try:
         files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
         files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
@@ -6037,22 +6032,22 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
                 text = f.read(65536) or b""
             if not os.path.isfile(path):
                 raise OSError(0, "it is no file")
-            wrong = check_program(path, text)
+            problem = check_program(path, text)
         except OSError as error:
             mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
             left_out[unit_of(name + ending)] = f"{path} would, but is not executable"
             if text.startswith(b"#!"):
-                warn(f"{path}: not run: {wrong}")
+                warn(f"{path}: not run: {problem}")
             continue
-        if wrong:
-            mistakes.append(f"{os.path.abspath(path)}:1: {wrong}")
+        if problem:
+            mistakes.append(f"{os.path.abspath(path)}:1: {problem}")
         yield read_script(os.path.abspath(path), text, mistakes)
 
 
 def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
-    """Add what the rules of the graph forbid to the mistakes."""
+    """Append a mistake for each dependency that the rules of the graph forbid."""
     units = Units(time.monotonic, time.time)
     places = {(script.unit, edge.dependency): edge.place for script in scripts for edge in script.want}
     for script in scripts:
@@ -6061,31 +6056,31 @@ def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
                 units.want(script.unit, [edge.dependency], edge.requires)
             except CycleError as error:
                 steps = [places.get(step, "") for step in zip(error.data, error.data[1:])]
-                told = ", ".join(os.path.basename(step) for step in steps)
-                mistakes.append(f"{edge.place}: {error} ({told})")
+                headers = ", ".join(os.path.basename(step) for step in steps)
+                mistakes.append(f"{edge.place}: {error} ({headers})")
             except SyncError as error:
                 mistakes.append(f"{edge.place}: {error}")
 
 
 def plan_text(scripts: list[Script]) -> str:
-    """Return scripts without mistakes as a table, each below what it wants of the others."""
-    rows, left = [], scripts
-    while left:
-        missing = {script.unit for script in left}
-        free = [script for script in left if missing.isdisjoint(edge.dependency for edge in script.want)]
+    """Return scripts without mistakes as a table, each below its dependencies."""
+    rows, todo = [], scripts
+    while todo:
+        missing = {script.unit for script in todo}
+        free = [script for script in todo if missing.isdisjoint(edge.dependency for edge in script.want)]
         for script in free:
             wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.want)
             rows.append([script.unit, ", ".join(wants), ", ".join(script.lock), shown_probe(script.limits.ready)])
             missing.remove(script.unit)
-        left = [script for script in left if script.unit in missing]
+        todo = [script for script in todo if script.unit in missing]
     text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows) if rows else ""
     return text + f"{len(rows)} script{'s' * (len(rows) != 1)}, no mistakes\n"
 
 
 class BootOptions(Record):
-    """How to boot."""
+    """The options of `boot`."""
 
-    jobs: int  # at once; 0 is no limit
+    jobs: int  # to run at once; 0 is no limit
     grace: float
     log_dir: str
     fail_fast: bool
@@ -6094,38 +6089,38 @@ class BootOptions(Record):
     always: bool
     resume: bool
     timeline: Callable[[Graph], None] | None  # writes it at the end of the startup
-    command: str  # that comes after the startup, if any
+    command: str  # the program of COMMAND, if any
 
 
 class Claimed(Record):
-    """The agent's answer to the claim of a boot: the units that count as done, and are not claimed."""
+    """The agent's answer to a claim of a boot: the units that count as done, and are not claimed."""
 
     done: list[str] = []
 
 
 class Output:
-    """What is on its way to standard output and error, as fast as they take it, so that neither holds anything up.
+    """Standard output and error, written without blocking, so that a slow reader holds nothing up.
 
-    On output are the lines of scripts, and on a terminal the live line under them; on error is what we say ourselves.
+    Lines of scripts go to standard output, on a terminal with a status line below them; our own go to standard error.
     """
 
-    patient = True  # else what is too much is lost
-    paused = False  # whether scripts are not read, since what they print is not taken
+    may_drop = False  # lines of scripts, while much output is pending
+    paused = False  # the output of scripts is not read, since much output is pending
 
     def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
-        self.quiet, self.log_dir = quiet, log_dir  # empty: no logs, or no more
+        self.quiet, self.log_dir = quiet, log_dir  # empty: no logs are written, or no more
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(text_width, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
         self._logs: set[str] = set()  # names of files in --log-dir
-        self._live = False  # whether the live line stands there
-        self.live_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when it is drawn again
+        self._has_status = False  # whether the status line is shown
+        self.status_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when to draw it again
 
     def lines(self, unit: str, texts: list[str]) -> None:
         """Print lines of a unit."""
-        if not self.quiet and (self.patient or not self.is_full()):
+        if not self.quiet and not (self.may_drop and self.is_full()):
             name = fit(unit, self._width, self._dots)
             if self._colour:  # red is for failures
                 name = f"\033[{32 + sum(map(ord, unit)) % 5}m{name}\033[0m"
@@ -6133,13 +6128,13 @@ class Output:
             self.pending[1] += "".join(f"{name} | {text}\n" for text in texts).encode(errors="backslashreplace")
 
     def say(self, text: str, quiet: bool = False) -> None:
-        """Print a line of ours on standard error."""
+        """Print one of our own lines."""
         self.clear()
         if not quiet and len(self.pending[2]) < FULL:
             self.pending[2] += encoded(text + "\n", 2)
 
     def log_path(self, unit: str) -> str:
-        """Return the path of a unit's file in --log-dir; empty without one."""
+        """Return the path of a unit's file in --log-dir; empty without that option."""
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
         while name in self._logs:
             name += "_"
@@ -6147,80 +6142,80 @@ class Output:
         return self.log_dir and os.path.abspath(os.path.join(self.log_dir, name + ".log"))
 
     def no_log(self, error: OSError) -> None:
-        """Say once that log files cannot be written; the boot goes on."""
+        """Write no more log files after an error, and print it once."""
         if self.log_dir:
             self.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
         self.log_dir = ""
 
     def is_full(self) -> bool:
-        """Return whether there is much that standard output does not take."""
+        """Return whether much output is pending."""
         return len(self.pending[1]) >= FULL
 
     def pipes(self) -> list[int]:
-        """Return which of standard output and error somebody may read until their end."""
+        """Return which of standard output and error are a pipe or socket, whose reader may wait for their end."""
         modes = {fd: os.fstat(fd).st_mode for fd in self.pending}
         return [fd for fd, mode in modes.items() if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)]
 
-    def let_go(self, fd: int) -> None:
-        """Print nothing any more on a descriptor, and hold it open no longer."""
+    def release(self, fd: int) -> None:
+        """Close standard output or error; what is printed there is lost."""
         os.dup2(0, fd)  # /dev/null in a background process
         if self._fds[fd] != fd:
             os.close(self._fds[fd])
         self._fds[fd] = fd
 
     def turn(self, loop: Loop, due: float) -> list[int]:
-        """Take a turn of a loop, in which what can be printed is."""
+        """Take a turn of a loop, and write pending output in it."""
         waiting = {self._fds[fd]: fd for fd, data in self.pending.items() if data}
-        for place, fd in waiting.items():
-            loop.watch(place, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
+        for own, fd in waiting.items():
+            loop.watch(own, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
         try:
             return loop.turn(due)
         finally:
             loop.forget(*waiting)
 
-    def write(self, fd: int, patience: float = 0.0) -> None:
-        """Pass on what is taken without blocking: a pipe that can be written to has room for 4 KiB.
+    def write(self, fd: int, timeout: float = 0.0) -> None:
+        """Write pending output without blocking: a pipe that can be written to has room for 4 KiB.
 
-        With patience, wait for a slow reader, and drop what it does not take within so many seconds.
+        With a timeout, wait so many seconds for a reader that takes nothing, then drop the rest.
         """
         import select
 
         data, at, ready = self.pending[fd], 0, select.poll()
         ready.register(self._fds[fd], select.POLLOUT)
         try:
-            while at < len(data) and ready.poll(patience * 1000):
+            while at < len(data) and ready.poll(timeout * 1000):
                 at += os.write(self._fds[fd], data[at : at + 4096])
         except BlockingIOError:  # less room than that
             pass
-        except OSError:  # nobody reads any more, or the terminal has gone; the boot goes on
+        except OSError:  # the reader or the terminal has gone; the boot goes on
             at = len(data)
-            self.let_go(fd)
-        self.pending[fd] = b"" if patience else data[at:]
+            self.release(fd)
+        self.pending[fd] = b"" if timeout else data[at:]
 
     def flush(self) -> None:
-        """Pass on all of it, but to readers that do not take it."""
+        """Write all pending output, but drop what a reader does not take."""
         for fd in self.pending:
-            self.write(fd, patience=1.0)
+            self.write(fd, timeout=1.0)
 
-    def live(self, head: str, items: list[str], now: float) -> None:
-        """Draw the live line: as many items as fit."""
+    def draw_status(self, head: str, items: list[str], now: float) -> None:
+        """Draw the status line with as many items as fit."""
         for shown in range(min(len(items), self.columns), -1, -1):
             more = [f"+{len(items) - shown} more"] if shown < len(items) else []
             text = f"{head} {', '.join(items[:shown] + more)}".rstrip()
             if text_width(text) < self.columns:
                 break
         self.pending[1] += ("\r\033[K" + text).encode(errors="backslashreplace")
-        self._live, self.live_at = True, now + 1
+        self._has_status, self.status_at = True, now + 1
 
     def clear(self) -> None:
-        """Remove the live line."""
-        if self._live:
+        """Remove the status line."""
+        if self._has_status:
             self.pending[1] += b"\r\033[K"
-            self._live, self.live_at = False, 0.0
+            self._has_status, self.status_at = False, 0.0
 
 
 def opened_again(fd: int) -> int:
-    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
+    """Open the terminal of `fd` again, non-blocking, which leaves it as it is for others; else return `fd`."""
     try:
         return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
@@ -6228,17 +6223,20 @@ def opened_again(fd: int) -> int:
 
 
 class Stream:
-    """What a unit prints: read from a pipe, passed on to an Output in whole lines, and kept in a file of --log-dir."""
+    """The output of a unit: read from a pipe, passed on to an Output in whole lines, and written to its log file."""
 
     def __init__(self, unit: str, loop: Loop, out: Output) -> None:
+        from codecs import getincrementaldecoder
+
         self.unit, self.loop, self.out = unit, loop, out
-        self.fd, self.log = -1, -1  # read end of the pipe, and the file
+        self.fd, self.log = -1, -1  # read end of the pipe, and the log file
         self.log_path = out.log_path(unit)
-        self.rest = b""  # a line that has not ended yet
-        self.last: list[str] = []  # lines
+        self.decoder = getincrementaldecoder("utf-8")("backslashreplace")
+        self.rest = ""  # an incomplete line
+        self.last: list[str] = []  # lines, for the summary
 
     def open(self, more: bool) -> int:
-        """Begin to read what a try prints, and `more` what a further one does; return the descriptor to print to."""
+        """Make a pipe for the output of a try and return its write end; with `more`, append to the log file."""
         self.close()
         self.fd, write = os.pipe()
         os.set_blocking(self.fd, False)
@@ -6252,14 +6250,14 @@ class Stream:
         return write
 
     def watch(self) -> None:
-        """Read what is printed, or nothing while our own output is not taken."""
+        """Watch the pipe, unless reading is paused."""
         if self.out.paused:
             self.loop.forget(self.fd)
         elif self.fd >= 0:
             self.loop.watch(self.fd, self.read)
 
     def read(self, chunks: int = 1) -> None:
-        """Take what was printed."""
+        """Read what is in the pipe, or a part of it."""
         for _ in range(chunks):
             try:
                 chunk = os.read(self.fd, 65536) if self.fd >= 0 else b""
@@ -6271,12 +6269,12 @@ class Stream:
             self.take(chunk)
 
     def drain(self) -> None:
-        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
+        """Read all that is in the pipe, with a bound; take an incomplete line as a whole one."""
         self.read(chunks=64)
         self.end_line()
 
     def take(self, chunk: bytes) -> None:
-        """Log what was printed, and print it: whole lines go on, the rest waits."""
+        """Write a chunk to the log file, and print the lines that it completes."""
         if self.log >= 0 and self.out.log_dir:
             try:
                 view = memoryview(chunk)
@@ -6284,42 +6282,33 @@ class Stream:
                     view = view[os.write(self.log, view) :]
             except OSError as error:
                 self.out.no_log(error)
-        *ended, rest = (self.rest + chunk).split(b"\n")
-        *more, self.rest = pieces(rest)
-        self.print([piece for line in ended for piece in pieces(line)] + more)
+        *lines, self.rest = (self.rest + self.decoder.decode(chunk)).split("\n")
+        if len(self.rest) > LONGEST_LINE:
+            lines.append(self.rest)
+            self.rest = ""
+        self.print(lines)
 
     def end_line(self) -> None:
-        """Take the last line as a whole one."""
+        """Print an incomplete line."""
+        self.rest += self.decoder.decode(b"", final=True)
         if self.rest:
             self.print([self.rest])
-            self.rest = b""
+            self.rest = ""
 
-    def print(self, lines: list[bytes]) -> None:
-        """Print lines, and keep the last ones."""
-        lines = lines[-LAST_LINES:] if self.out.quiet else lines
-        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
+    def print(self, lines: list[str]) -> None:
+        """Print lines, and remember the last ones."""
+        texts = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
         self.last = (self.last + [text[:500] for text in texts[-LAST_LINES:]])[-LAST_LINES:]
         self.out.lines(self.unit, texts)
 
     def close(self) -> None:
-        """Read no more of it."""
+        """Close the pipe and the log file."""
         self.end_line()
         self.loop.forget(self.fd)
         for fd in (self.fd, self.log):
             if fd >= 0:
                 os.close(fd)
         self.fd = self.log = -1
-
-
-def pieces(line: bytes) -> Iterator[bytes]:
-    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
-    while len(line) > CUT:
-        at = CUT
-        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
-            at -= 1
-        yield line[:at]
-        line = line[at:]
-    yield line
 
 
 class Job(Task):
@@ -6461,7 +6450,7 @@ class Boot:
 
     def after_startup(self, code: int) -> int:
         """Let the front go on, and be the parent of what still runs until it has ended; return the exit status."""
-        self.started_up, self.report_at, self.out.live_at, self.out.patient = True, NEVER, NEVER, False
+        self.started_up, self.report_at, self.out.status_at, self.out.may_drop = True, NEVER, NEVER, True
         command = self.options.command
         if self.options.stay and not self.signal:
             self.out.say("boot: staying until a signal", self.options.quiet)
@@ -6519,12 +6508,12 @@ class Boot:
             if done() and not any(job.ending() for job in self.active.values()):
                 return
             if not any(self.out.pending.values()):
-                if now >= self.out.live_at:
+                if now >= self.out.status_at:
                     ended, running = len(self.jobs) - self.unfinished, self.running(now)
                     waiting = self.unfinished - len(running)
-                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
-                due = min(due, self.out.live_at)
-            self.pause(self.out.patient and self.out.is_full())
+                    self.out.draw_status(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
+                due = min(due, self.out.status_at)
+            self.pause(self.out.is_full() and not self.out.may_drop)
             for number in self.out.turn(self.loop, due):
                 self.stop_by_signal(number, f"boot got signal {number}")
 
@@ -6571,7 +6560,7 @@ class Boot:
         self.loop.forget(self.front)
         if self.front_may_end:
             for fd in self.out.pipes():
-                self.out.let_go(fd)
+                self.out.release(fd)
         elif not self.stopping:
             command = self.options.command if self.started_up else ""
             self.stop_by_signal(1, f"{command or 'the process of boot'} has ended")
