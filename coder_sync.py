@@ -1651,8 +1651,8 @@ def meant(guess: str, otherwise: str = "") -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Processes. What several sections need of the system: what standard output shows, who a process is, which descriptors
-# are open, signals, how a command is run, and which processes belong to it. Uses /proc where there is one of ours.
+# Processes. What several sections need of the system: the terminal, the identity of a process, file descriptors,
+# signals, how a command is run, and which processes belong to it. /proc is used if it shows our own pid namespace.
 # ----------------------------------------------------------------------------------------------------------
 
 import _signal as signal  # noqa: E402  (the package module wraps each number in an enum)
@@ -1660,7 +1660,7 @@ import os  # noqa: E402  (a plain call, which needs only what is above, does wit
 
 
 def terminal() -> tuple[int, bool, bool]:
-    """Return the width of standard output, whether it takes colour, and whether it shows more than ASCII."""
+    """Return the width of standard output, whether it takes colour, and whether it takes Unicode."""
     tty = os.isatty(1)
     try:
         width = os.get_terminal_size(1).columns
@@ -1673,7 +1673,7 @@ def terminal() -> tuple[int, bool, bool]:
 
 
 def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict[bytes, bytes]:
-    """Return the environment for a command: `base`, or else ours, with some more variables."""
+    """Return the environment for a command: `base` or ours, with the variables `extra`."""
     added = {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
     return {**(os.environb if base is None else base), **added}
 
@@ -1682,7 +1682,7 @@ def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict
 
 
 def has_proc() -> bool:
-    """Return whether /proc is that of our own pid namespace; in any other, a pid of ours is another process."""
+    """Return whether /proc shows our own pid namespace; in any other, our pids belong to other processes."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -1698,14 +1698,14 @@ def proc_file(pid: int, name: str) -> str:
 
 
 def stat_of(pid: int) -> list[str]:
-    """Return what /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
+    """Return the fields of /proc/PID/stat from the third on, which proc(5) calls `state`. Raises OSError."""
     return proc_file(pid, "stat").rpartition(")")[2].split()
 
 
 def birth(pid: int) -> str | None:
-    """Return when a process began, in the system's ticks, which tells it from a later one; empty if it has ended.
+    """Return the start time of a process in clock ticks, which identifies it with its pid; empty if it has ended.
 
-    None if that is not known: there is no /proc, or no descriptor left.
+    None if unknown: there is no /proc, or no file descriptor is left.
     """
     try:
         fields = stat_of(pid)
@@ -1715,26 +1715,26 @@ def birth(pid: int) -> str | None:
 
 
 def proc_text(pid: int, name: str) -> str:
-    """Return the text of /proc/PID/NAME, empty where there is none to be read."""
+    """Return the text of /proc/PID/NAME; empty if it cannot be read."""
     try:
         return proc_file(pid, name)
     except OSError:
         return ""
 
 
-def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
-    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none."""
+def proc_line(pid: int, prefix: str, name: str = "status", end: str = "\n") -> str:
+    """Return the rest of the line of /proc/PID/NAME that begins with `prefix`; empty if there is none."""
     lines = proc_text(pid, name).split(end)
-    return next((line[len(what) :].strip() for line in lines if line.startswith(what)), "")
+    return next((line[len(prefix) :].strip() for line in lines if line.startswith(prefix)), "")
 
 
 def command_of(pid: int) -> str:
-    """Return the command line of a process, short enough for a message; empty if unknown."""
+    """Return the command line of a process for a message; empty if unknown."""
     return command_text(proc_text(pid, "cmdline").rstrip("\0").split("\0")) or proc_line(pid, "Name:")
 
 
 def command_text(args: list[str]) -> str:
-    """Return a command line for a message."""
+    """Return a command line, short enough for a message."""
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     names = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
@@ -1743,27 +1743,24 @@ def command_text(args: list[str]) -> str:
 
 
 def without_password(text: str) -> str:
-    """Return a command line or a URL without the user and password in the first URL that there is."""
+    """Return a text with the user and password of the first URL in it replaced by asterisks."""
     scheme, found, rest = text.partition("://")
     authority, slash, path = rest.partition("/")
     _, at, host = authority.rpartition("@")
     return f"{scheme}{found}***@{host}{slash}{path}" if at else text
 
 
-# -- descriptors --------------------------------------------------------------------------------------------
+# -- file descriptors ---------------------------------------------------------------------------------------
 WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
 def open_file(path: str, flags: int = os.O_RDONLY) -> int:
-    """Open what somebody else has named. If it is no file but a fifo or a device, nobody waits for its other end.
-
-    Raises OSError.
-    """
+    """Open a file by a path that we do not control, without waiting if it is a FIFO or a device. Raises OSError."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
 
 
-def open_files() -> int:
-    """Return how many descriptors this process may have."""
+def max_descriptors() -> int:
+    """Return how many file descriptors this process may have."""
     import resource
 
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -1771,10 +1768,9 @@ def open_files() -> int:
 
 
 def in_background() -> tuple[int, int]:
-    """Fork, and return the pid of the background process (there 0) with a descriptor that leads to the other one.
+    """Fork a background process; return its pid (0 in it), and a socket that connects the two processes.
 
-    The background process has a session of its own, and of what was open only standard output and error.
-    Raises Refused.
+    It has a session of its own, and keeps no file descriptors but standard output and error. Raises Refused.
     """
     from _socket import socketpair
 
@@ -1782,42 +1778,42 @@ def in_background() -> tuple[int, int]:
         ours, theirs = socketpair()
         pid = os.fork()
     except OSError as error:
-        raise Refused(f"cannot go to the background: {trouble_of(error)}") from None
+        raise Refused(f"cannot go to the background: {error_text(error)}") from None
     if pid:
         theirs.close()
         return pid, ours.detach()
     ours.close()
-    signal.set_wakeup_fd(-1)  # those of the other process
+    signal.set_wakeup_fd(-1)  # a pipe of the other process
     os.setsid()
     os.dup2(null(), 0)
     front = theirs.detach()
     os.closerange(3, front)
-    os.closerange(front + 1, min(open_files(), 1 << 16))
+    os.closerange(front + 1, min(max_descriptors(), 1 << 16))
     return 0, front
 
 
-# -- signals, and a command's run -----------------------------------------------------------------------------
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # to an agent without a command
-PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # to one that has one, and to `run`
+# -- signals, and how a command is run------------------------------------------------------------------------
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # end an agent without a command
+PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # go to the command, if there is one
 
 
 def heeded(numbers: Iterable[int]) -> list[int]:
-    """Return signals without those that we were started to ignore, as by nohup(1); TERM is kept."""
+    """Return signals without those that our parent has set to be ignored, as nohup(1) does; TERM is kept."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class Processes:
-    """All living processes, as /proc shows them. Raises OSError unless all could be seen.
+    """All living processes, read from /proc. Raises OSError unless it could read all.
 
-    The mark of a process is the $CODER_SYNC_ENV it began with: no two units have the same one.
+    The mark of a process is the $CODER_SYNC_ENV with which it was started: each unit has its own.
     """
 
     def __init__(self) -> None:
-        self.births: dict[int, int] = {}  # pid -> when it began, in ticks
-        self.near: dict[Any, list[int]] = {}  # parent, group, session or mark -> pids
-        self.dead_groups: set[int] = set()  # process groups that have zombies
+        self.births: dict[int, int] = {}  # pid -> start time in clock ticks
+        self.related: dict[Any, list[int]] = {}  # parent, group, session or mark -> pids
+        self.zombie_groups: set[int] = set()  # process groups that have zombies
         ours, seen = int(stat_of(os.getpid())[19]), set()  # type: tuple[int, set[str]]
-        for _ in range(9):  # a process that has ended since it was listed may have begun another one
+        for _ in range(9):  # a process may have started another and ended since the listing
             new = {name for name in os.listdir("/proc") if name.isdigit()} - seen
             if sum(self._add(int(name), ours) for name in new) == len(new):
                 return
@@ -1831,137 +1827,136 @@ class Processes:
         except (FileNotFoundError, ProcessLookupError):
             return False
         if state in "ZX":
-            self.dead_groups.add(int(group))
+            self.zombie_groups.add(int(group))
             return False
         born = self.births[pid] = int(more[15])
         mark = proc_line(pid, "CODER_SYNC_ENV=", "environ", "\0") if born >= ours else ""
         for key in {int(parent), int(group), int(session), mark}:
-            self.near.setdefault(key, []).append(pid)
+            self.related.setdefault(key, []).append(pid)
         return True
 
 
 class Family:
-    """The processes of a command: its session or group if it has its own, its mark's, and all that descend from them.
+    """The processes of a command: the first one, its session or group, those with its mark, and all descendants.
 
-    Once seen, a process is known by its pid and its birth, also after its parent has ended. Without a /proc of ours,
-    only the first process and its group are known. No pid is signalled that may be another process's by now.
+    A process once found is remembered by its pid and start time, so that its parent may end. Without /proc, only the
+    first process and its group are known. No pid is signalled that may have been given to another process.
     """
 
-    def __init__(self, pid: int, own: bool, mark: str) -> None:
-        self.pid, self.own, self.mark = pid, own, mark  # of the first process; `own`: it leads a session or group
-        self.first = pid > 0  # the first process has not ended
-        self._known: dict[int, int] = {}  # pid -> birth, as of the last look
+    def __init__(self, pid: int, leads: bool, mark: str) -> None:
+        self.pid, self.leads, self.mark = pid, leads, mark  # of the first process; whether it leads a session or group
+        self.first = pid > 0  # whether the first process has not ended
+        self._known: dict[int, int] = {}  # pid -> start time, as of the last scan
 
-    def look(self, processes: Callable[[], Processes]) -> bool:
-        """Look who is left; return False only if certainly nobody is."""
+    def scan(self, processes: Callable[[], Processes]) -> bool:
+        """Find the processes that are left; return False only if there is certainly none."""
         try:
             alive = processes()
-        except FileNotFoundError:  # no /proc of ours
+        except FileNotFoundError:  # there is no /proc
             return self.first or self.has_group()
-        except OSError:  # no descriptor is left, or processes begin too fast
+        except OSError:  # no file descriptor is left, or processes begin too fast
             return True
-        self.own = self.own and (self.first or self.pid not in alive.births)  # else the pid is another process's
+        self.leads = self.leads and (self.first or self.pid not in alive.births)  # else it is another process's pid
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
-        todo += [self.pid] * (self.first or self.own)
-        todo += alive.near.get(self.mark, ()) if self.mark else ()
+        todo += [self.pid] * (self.first or self.leads)
+        todo += alive.related.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
             pid = todo.pop()
             if pid not in found:
                 found.add(pid)
-                todo += alive.near.get(pid, ())
+                todo += alive.related.get(pid, ())
         self._known = {pid: alive.births[pid] for pid in found if pid in alive.births}
-        missed = self.has_group() and self.pid not in alive.dead_groups
+        missed = self.has_group() and self.pid not in alive.zombie_groups
         return self.first or bool(self._known) or missed
 
     def has_group(self) -> bool:
         """Return whether its own group has members, zombies included."""
-        return self.own and signal_to(-self.pid, 0)
+        return self.leads and signal_to(-self.pid, 0)
 
-    def tell_first(self) -> None:
+    def terminate_first(self) -> None:
         """Send TERM to the first process, and CONT, since it may be stopped."""
         if self.first:
             signal_to(self.pid, signal.SIGTERM, signal.SIGCONT)
 
-    def left(self) -> list[int]:
-        """Return the pids of those known to be left."""
+    def pids(self) -> list[int]:
+        """Return the pids of the known processes that are left."""
         return [self.pid] * self.first + self._others()
 
     def _others(self) -> list[int]:
         others = [pid for pid in self._known if pid != self.pid or not self.first]
         return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
-    def tell_others(self) -> None:
-        """Send TERM to all but the first process."""
+    def terminate_others(self) -> None:
+        """Send TERM to all processes but the first."""
         for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
             signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
-        """Send KILL to all, to its own group in one step, in which no more can be begun."""
-        for pid in [-self.pid] * self.own + self.left():
+        """Send KILL to all processes; to the group in one step, in which it cannot start more."""
+        for pid in [-self.pid] * self.leads + self.pids():
             signal_to(pid, 9)
 
 
 class Loop:
-    """What the main thread waits for: signals, ends of children, descriptors, and a time.
+    """The event loop of the main thread: signals, ends of children, file descriptors, and a time.
 
-    Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with everything else:
-    so none is missed between two polls. Until `give_back`, signals have no other effect.
+    Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with the other file
+    descriptors: so no signal is missed between two polls. Until `give_back`, signals have no other effect.
     """
 
     def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
         self.numbers = heeded(numbers)
-        self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
+        self.children: dict[int, Callable[[int], None]] = {}  # pid -> callback for its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._processes: Processes | None = None  # unless that was before the last turn
-        self._came, self._write = os.pipe()
-        os.set_blocking(self._came, False)
+        self._processes: Processes | None = None  # as of the present turn
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._poll = select.poll()
-        self._poll.register(self._came, select.POLLIN)
+        self._poll.register(self._read, select.POLLIN)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        # Our parent may have blocked some of them, or ignored SIGCHLD: then children would leave no exit status.
+        # Our parent may have blocked signals, or ignored SIGCHLD, so that children would leave no exit status.
         ours = [*self.numbers, signal.SIGCHLD]
         self._before = {n: signal.signal(n, lambda number, frame: None) or signal.SIG_DFL for n in ours}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
     def turn(self, due: float = NEVER) -> list[int]:
-        """Wait until something happens, or until a time; handle it. Return the signals that came."""
-        came, self._processes = b"", None
+        """Wait for events until the time `due`, and handle them; return the signals received."""
+        received, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
-            if fd == self._came:
-                came = os.read(fd, 4096)
-            elif fd in self._handlers:  # it may be gone since
+            if fd == self._read:
+                received = os.read(fd, 4096)
+            elif fd in self._handlers:  # else an earlier handler has removed it
                 self._handlers[fd]()
-        if signal.SIGCHLD in came:
+        if signal.SIGCHLD in received:
             self._reap()
-        return [n for n in came if n in self.numbers]
+        return [n for n in received if n in self.numbers]
 
     def processes(self) -> Processes:
-        """Return all living processes; between two turns, the same look serves all who ask. Raises OSError."""
+        """Return all living processes, read from /proc once a turn. Raises OSError."""
         self._processes = self._processes or Processes()
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
-        """Call `handler` in each turn in which a descriptor can be read, or written to."""
+        """Call `handler` in each turn in which a file descriptor can be read, or written to."""
         import select
 
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
 
     def forget(self, *fds: int) -> None:
-        """Stop watching descriptors."""
+        """Stop watching file descriptors."""
         for fd in fds:
             if self._handlers.pop(fd, None):
                 self._poll.unregister(fd)
 
     def give_back(self) -> None:
-        """Let signals have their usual effect again, as needed before exec.
+        """Restore the handlers of signals, as needed before exec.
 
-        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost. The change of a
-        terminal's size ends nobody.
+        Raises SystemExit(128+N) if signal N, which is not SIGWINCH, was received after the last turn.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
@@ -1969,13 +1964,13 @@ class Loop:
         signal.set_wakeup_fd(-1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         os.close(self._write)
-        with open(self._came, "rb") as pipe:
+        with open(self._read, "rb") as pipe:
             late = [n for n in pipe.read() or b"" if n in self.numbers and n != signal.SIGWINCH]
         if late:
             sys.exit(128 + late[0])
 
     def _reap(self) -> None:
-        """Take the exit statuses of all children, and of orphans if we are process 1. No other place calls waitpid."""
+        """Reap all children that have ended, and orphans if we are process 1. No other place calls waitpid."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -2014,7 +2009,7 @@ def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False
 
 
 def in_path(program: str, path: bytes | None) -> str:
-    """Return where a program is in `path`; its name if that is our PATH, which is searched anyway. Raises OSError."""
+    """Return where a program is in `path`; its name if that is our PATH, which spawn searches. Raises OSError."""
     if path == os.environb.get(b"PATH") or not program or "/" in program:
         return program
     from shutil import which
@@ -2027,9 +2022,9 @@ def in_path(program: str, path: bytes | None) -> str:
 
 
 def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes]) -> int:
-    """Run a command with our standard streams; return its exit status, as a shell has it. Raises CommandError.
+    """Run a command with our standard streams, pass signals on, and return its exit status, as a shell has it.
 
-    Signals are passed on to it, but those of keys, which the terminal sends it itself.
+    Signals of keys are not passed on: the terminal sends them to the command itself. Raises CommandError.
     """
     try:
         pid = spawn(command, env)
@@ -2049,18 +2044,18 @@ def exit_code_of(status: int) -> int:
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-def ending(code: int) -> str:
-    """Return what to say of an exit status that is not 0, -N for signal N."""
+def exit_text(code: int) -> str:
+    """Return an exit status that is not 0, or -N for signal N, in words."""
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def shell_status(code: int) -> int:
-    """Return an exit status as a shell has it, 128+N for signal N."""
+    """Return an exit status as a shell has it: 128+N for signal N, which is -N here."""
     return code if code >= 0 else 128 - code
 
 
-def trouble_of(error: Exception) -> str:
-    """Return what an error says, without its number."""
+def error_text(error: Exception) -> str:
+    """Return the message of an error, without its number."""
     return one_line(getattr(error, "strerror", None) or str(error))
 
 
@@ -2076,7 +2071,7 @@ def cannot_run(program: str, error: Exception) -> CommandError:
 
 
 def signal_to(pid: int, *numbers: int) -> bool:
-    """Signal a process, or a group by a negative number; return whether it is there, ours to signal or not."""
+    """Send signals to a process, or to group N if `pid` is -N; return whether it exists, even if not permitted."""
     try:
         for number in numbers:
             os.kill(pid, number)
@@ -2095,7 +2090,7 @@ def remove(path: str, only: os.stat_result | None = None) -> None:
 
 
 def is_variable(name: str) -> bool:
-    """Return whether a shell can have a variable of this name."""
+    """Return whether this is a valid name for a shell variable."""
     return name.isidentifier() and name.isascii()
 
 
@@ -3807,7 +3802,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
     import socketserver
 
     def no_room(error: Exception) -> None:
-        why = trouble_of(error) or "no memory"
+        why = error_text(error) or "no memory"
         agent.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     class Handler(socketserver.BaseRequestHandler):
@@ -3896,7 +3891,7 @@ def listen(
         sock.listen(4096)
         return sock
     except OSError as error:
-        raise Refused(f"cannot {doing}: {trouble_of(error)}; choose another --socket-path") from None
+        raise Refused(f"cannot {doing}: {error_text(error)}; choose another --socket-path") from None
     finally:
         os.umask(before)
 
@@ -4005,7 +4000,7 @@ def detach() -> int:
     if child:
         code = 0 if os.read(link, 1) else exit_code_of(os.waitpid(child, 0)[1])
         if code < 0:
-            put(f"error: the agent ended before it was ready: {ending(code)}\n", 2)
+            put(f"error: the agent ended before it was ready: {exit_text(code)}\n", 2)
         sys.exit(shell_status(code))
     os.chdir("/")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -4051,7 +4046,7 @@ class Host(Record):
             except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
                 path = getattr(error, "filename", None) or self.pid_file
                 doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
-                raise Refused(f"cannot {doing}: {trouble_of(error)}{hint}") from None
+                raise Refused(f"cannot {doing}: {error_text(error)}{hint}") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
@@ -4141,12 +4136,12 @@ def connection_limit(raise_it: bool) -> int:
     each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)  # macOS gives no more
-    if raise_it and open_files() < wanted:
+    if raise_it and max_descriptors() < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (ValueError, OSError):
             pass
-    return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
+    return max(1, min(MAX_CONNECTIONS, (max_descriptors() - 24) // each))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4993,8 +4988,8 @@ class Prober:
         self._closed.set()
         with self._lock:
             if self._pid:
-                family = Family(self._pid, own=True, mark="")
-                family.look(Processes)
+                family = Family(self._pid, leads=True, mark="")
+                family.scan(Processes)
                 family.kill()
         os.close(self._ready)
 
@@ -5030,7 +5025,7 @@ class Prober:
                 status = http_status(sock, probe) if probe.kind == "http" else 0
             return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
-            return trouble_of(error)
+            return error_text(error)
 
     def _command(self) -> str:
         """Run the probe's command, and end with KILL all that it leaves; return what is lacking.
@@ -5051,7 +5046,7 @@ class Prober:
             self._pid = 0
         if not status:
             return "it was killed"
-        return "" if status == b"0" else ending(int(status))
+        return "" if status == b"0" else exit_text(int(status))
 
 
 class Notified:
@@ -5419,7 +5414,7 @@ class Task:
             else:
                 self.prober = Prober(self.limits.ready, self.environment(), once, changed=not once)
         except (OSError, RuntimeError) as error:  # no descriptor, thread or directory
-            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from error
+            raise CommandError(f"cannot be probed: {error_text(error)}", 125) from error
         self.loop.watch(self.prober.fileno(), self.checked if once else self.probed)
 
     def probed(self) -> None:
@@ -5468,9 +5463,9 @@ class Task:
         elif self.waits_for_probe():
             to_background = code == 0 and self.limits.ready != "notify"
             hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
-            self.end(f"ended before it was ready ({ending(code)}){hint}")
+            self.end(f"ended before it was ready ({exit_text(code)}){hint}")
         elif code or self.reported == FAILED:
-            self.end(ending(code))
+            self.end(exit_text(code))
         elif self.state == RUNNING:
             self.complete()
             self.due.pop(self.time_is_up, None)
@@ -5494,21 +5489,21 @@ class Task:
         others_at = (now + by) / 2 if self.family.first else now
         self.enter(ENDING, {self.tell_others: others_at, self.look: now})
         self.close_prober(ended=False)
-        self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
-        self.family.tell_first()
+        self.family.scan(self.loop.processes)  # a process whose parent has ended is no longer known as its child
+        self.family.terminate_first()
 
     def tell_others(self) -> None:
         """Send TERM to the other processes."""
-        self.family.look(self.loop.processes)
-        self.family.tell_others()
+        self.family.scan(self.loop.processes)
+        self.family.terminate_others()
 
     def look(self) -> None:
         """Look whether any process is left, and go on accordingly."""
         now = time.monotonic()
-        if not self.family.look(self.loop.processes):
+        if not self.family.scan(self.loop.processes):
             self.gone()
         elif self.state == ENDING and now >= self.kill_at + LAST_WAIT:
-            left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
+            left = [f"{pid} ({command_of(pid)})" for pid in self.family.pids()]
             self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
             self.gone()
         elif self.state == ENDING:
@@ -5687,7 +5682,7 @@ class Run(Task):
             self.status = 128 + number
             self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
         elif self.family.first:
-            self.family.look(self.loop.processes)  # as in `end`
+            self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
         else:  # its remaining processes are being ended
@@ -5716,7 +5711,7 @@ class Run(Task):
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
 
     def fail(self, reason: str) -> None:
-        if reason != ending(self.code):  # else the exit status says it
+        if reason != exit_text(self.code):  # else the exit status says it
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
 
@@ -5788,24 +5783,24 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims all units
-# at the agent, which says, as their turn comes, which script to run.
+# Boot. A directory of scripts as one graph: all headers are read and checked, then one request claims all units at the
+# agent, which says when each script may start.
 #
-# A boot is two processes. The front is the one that was called: it keeps the terminal and all that its caller gave it,
-# and has COMMAND. The background process has a session of its own, runs the scripts, and is their parent as long as one
-# of them runs: by one thread and one poll for what the agent says, output, ends, probes, signals and time. A pair of
-# sockets tells each of the two at once that the other has ended.
+# A boot is two processes. The front is the one that was called: it keeps the terminal and descriptors of its caller,
+# and becomes or runs COMMAND. The background process leads a session of its own and is the parent of all scripts: one
+# thread with one poll handles the agent, output, ends of processes, probes, signals and deadlines. A socket pair
+# connects the two, so that each sees at once that the other has ended.
 #
-# A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
-# Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
+# A script has ended when its processes have, not when its output ends, since a daemon may keep that open. While our own
+# output is not taken, the scripts have to wait; after the startup their output is dropped instead.
 # ----------------------------------------------------------------------------------------------------------
 
-HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
-LAST_LINES = 10
-CUT = 8192  # bytes after which a line of output is cut in two
-FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
+HEADER_LINES = 50  # searched for headers, also below code; more if all of them are comments
+LAST_LINES = 10  # of a unit that has failed, shown in the summary
+LONGEST_LINE = 8192  # an incomplete line that is longer is printed at once
+FULL = 1 << 18  # bytes of pending output above which no script's output is read
 MARKS = ("#", "//", "--", ";")
-# The endings of files that are kept beside a script, or were taken out of use; more are those of package managers.
+# Endings of files that are not run: copies, scripts taken out of use, and what package managers leave.
 NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
 PACKAGED = (".dpkg-", ".ucf-", ".rpm")
 HEADERS = {  # word -> what follows it, and what it means
@@ -5823,7 +5818,7 @@ HEADERS = {  # word -> what follows it, and what it means
 
 
 class Edge(Record):
-    """What a script wants, and the file and line that say so."""
+    """A dependency of a script, and the file and line of its header."""
 
     dependency: str
     requires: str
@@ -5831,11 +5826,11 @@ class Edge(Record):
 
 
 class Script(Record):
-    """One file that `boot` runs, and what its headers say."""
+    """A file that `boot` runs, and the contents of its headers."""
 
     path: str
     unit: str
-    place: str  # the file and line that name the unit
+    place: str  # file and line of the unit's name
     limits: Limits
     want: list[Edge]
     after: list[Edge]
@@ -5845,14 +5840,14 @@ class Script(Record):
 
 
 def warn(text: str) -> None:
-    """Say what is odd in a file, but does not keep it from being run."""
+    """Print a warning about a file."""
     say(f"warning: {printable(text)}", 2)
 
 
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
-    """Return a script from the start of its file; mistakes are added with file and line."""
+    """Return a script from the start of its file; append each mistake with file and line."""
     script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", Limits(), [], [], [], [], [])
-    said: dict[str, int] = {}  # the line of each header that there may be once
+    seen: dict[str, int] = {}  # the line of each header that is allowed once
     lines = text.decode(errors="replace").splitlines()
     code = (number for number, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS))
     last = max(HEADER_LINES, next(code, len(lines)))
@@ -5860,7 +5855,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
         mark, found, rest = line.partition("coder-sync:")
         try:
             if found and mark.strip() in MARKS:
-                read_header(script, rest.strip(), number, said)
+                read_header(script, rest.strip(), number, seen)
             elif looks_like_header(line):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except SyncError as error:
@@ -5868,8 +5863,8 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     for number, line in enumerate(lines[last:], last + 1):
         if looks_like_header(line):
             warn(f"{path}:{number}: not read as a header: too far down; move it up")
-    if "ready-timeout" in said and "ready" not in said:
-        mistakes.append(f"{path}:{said['ready-timeout']}: ready-timeout without ready")
+    if "ready-timeout" in seen and "ready" not in seen:
+        mistakes.append(f"{path}:{seen['ready-timeout']}: ready-timeout without ready")
     try:
         check_name(script.unit)
     except Refused as error:
@@ -5878,7 +5873,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
 
 
 def unit_of(name: str) -> str:
-    """Return the unit that a file is by its name: without a number in front, and without its ending."""
+    """Return the unit name for a file name: without a leading number, and without the ending."""
     digits = len(name) - len(name.lstrip("0123456789"))
     if digits and name[digits : digits + 1] in ("-", "_"):
         name = name[digits + 1 :]
@@ -5886,15 +5881,15 @@ def unit_of(name: str) -> str:
 
 
 def looks_like_header(line: str) -> bool:
-    """Return whether a comment was meant to be a header, and is not only about us."""
+    """Return whether a line seems to be meant as a header, perhaps a misspelt one."""
     words = line.strip().lstrip("#/-; ").lower().replace(":", " ").split()
     if not line.strip().startswith(MARKS) or len(words) < 2 or words[1] not in HEADERS:
         return False
     return words[0] == "coder-sync" or resembling(words[0], ["coder-sync"]) != ""
 
 
-def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
-    """Take what a header in a line says. Raises UsageError, Refused."""
+def read_header(script: Script, text: str, line: int, seen: dict[str, int]) -> None:
+    """Add the contents of a header to its script. Raises UsageError, Refused."""
     word = "".join(text.split()[:1])
     if word not in HEADERS:
         known = ", ".join(f"{name} {form}" for name, (form, _) in HEADERS.items())
@@ -5903,7 +5898,7 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
     if word == "want":
         rest = rest.replace("--requires=", "--requires ")
     words = rest.split()
-    if word == "ready":  # for a shell, or nobody
+    if word == "ready":  # a shell splits it
         words = [rest]
     elif set(rest) & set("\"'\\"):
         import shlex
@@ -5920,8 +5915,8 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
     if len(words) > len(form.split()):
         hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
         raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
-    if said.setdefault(word, line) != line:
-        raise UsageError(f"{word}: line {said[word]} says so already")
+    if seen.setdefault(word, line) != line:
+        raise UsageError(f"{word}: line {seen[word]} says so already")
     if word == "unit":
         script.unit, script.place = check_name(words[0]), f"{script.path}:{line}"
     elif word == "ready":
@@ -5936,7 +5931,7 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
 
 
 def read_names(script: Script, word: str, names: list[str], place: str) -> None:
-    """Take the names in a header. Raises UsageError, Refused."""
+    """Add the names in a header to its script. Raises UsageError, Refused."""
     requires: str = COMPLETION if word == "after" else SUCCESS
     if word == "want" and "--requires" in names:
         at = names.index("--requires")
@@ -5954,11 +5949,15 @@ def read_names(script: Script, word: str, names: list[str], place: str) -> None:
 
 
 def check_program(path: str, text: bytes) -> str:
-    """Return what keeps a file from being run, or nothing. Raises OSError."""
+    """Return why a file cannot be run; an empty text if it can. Raises OSError."""
     first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
     program, *words = first[2:].split() or [""]
     if not os.access(path, os.X_OK):
-        return not_executable(path)
+        import shlex
+
+        noexec = os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0)
+        hint = ": its file system is mounted noexec" if noexec else f"; chmod +x {shlex.quote(path)}"
+        return f"not executable{hint}"
     if text.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         return "it begins with a byte-order mark; save it as UTF-8 without one"
     if not first.startswith("#!"):
@@ -5971,23 +5970,14 @@ def check_program(path: str, text: bytes) -> str:
     import shutil
 
     program = "".join(words[1:2] if words[:1] == ["-S"] else words[:1])
-    for_env = program[:1] == "-" or "=" in program  # which says itself what it cannot run
+    for_env = program[:1] == "-" or "=" in program  # env(1) prints an error of its own
     return "" if for_env or shutil.which(program) else f"its interpreter {program} is not in PATH"
 
 
-def not_executable(path: str) -> str:
-    """Return why a file cannot be run that is no program, and what to do about it. Raises OSError."""
-    import shlex
-
-    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
-        return "not executable: its file system is mounted noexec"
-    return f"not executable; chmod +x {shlex.quote(path)}"
-
-
 def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
-    """Read and check everything; return the scripts. Raises UsageError with every mistake, a line each."""
+    """Read and check all scripts, and return them. Raises UsageError with all mistakes, one a line."""
     mistakes: list[str] = []
-    left_out: dict[str, str] = {}  # unit -> the file that would provide it, and why it does not
+    left_out: dict[str, str] = {}  # unit -> why the file that would provide it is not run
     scripts = [script for path in paths for script in scripts_at(path, mistakes, left_out)]
     by_name: dict[str, Script] = {}
     for script in scripts:
@@ -6013,7 +6003,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
     for unit, edge in implied:
         if unit in by_name and edge.dependency in by_name:
             wants = by_name[unit].want
-            if all(other.dependency != edge.dependency for other in wants):  # else it says itself what it wants of it
+            if all(other.dependency != edge.dependency for other in wants):  # else the script has its own requirement
                 wants.append(edge)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
@@ -6024,7 +6014,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
-    """Return the scripts of a directory, or one file."""
+    """Iterate over the scripts at a path, a directory or one file; append mistakes, and what is left out."""
     try:
         files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
         files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
@@ -6043,22 +6033,22 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
                 text = f.read(65536) or b""
             if not os.path.isfile(path):
                 raise OSError(0, "it is no file")
-            wrong = check_program(path, text)
+            problem = check_program(path, text)
         except OSError as error:
             mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
             left_out[unit_of(name + ending)] = f"{path} would, but is not executable"
             if text.startswith(b"#!"):
-                warn(f"{path}: not run: {wrong}")
+                warn(f"{path}: not run: {problem}")
             continue
-        if wrong:
-            mistakes.append(f"{os.path.abspath(path)}:1: {wrong}")
+        if problem:
+            mistakes.append(f"{os.path.abspath(path)}:1: {problem}")
         yield read_script(os.path.abspath(path), text, mistakes)
 
 
 def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
-    """Add what the rules of the graph forbid to the mistakes."""
+    """Append a mistake for each dependency that the rules of the graph forbid."""
     units = Units(time.monotonic, time.time)
     places = {(script.unit, edge.dependency): edge.place for script in scripts for edge in script.want}
     for script in scripts:
@@ -6067,31 +6057,31 @@ def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
                 units.want(script.unit, [edge.dependency], edge.requires)
             except CycleError as error:
                 steps = [places.get(step, "") for step in zip(error.data, error.data[1:])]
-                told = ", ".join(os.path.basename(step) for step in steps)
-                mistakes.append(f"{edge.place}: {error} ({told})")
+                headers = ", ".join(os.path.basename(step) for step in steps)
+                mistakes.append(f"{edge.place}: {error} ({headers})")
             except SyncError as error:
                 mistakes.append(f"{edge.place}: {error}")
 
 
 def plan_text(scripts: list[Script]) -> str:
-    """Return scripts without mistakes as a table, each below what it wants of the others."""
-    rows, left = [], scripts
-    while left:
-        missing = {script.unit for script in left}
-        free = [script for script in left if missing.isdisjoint(edge.dependency for edge in script.want)]
+    """Return scripts without mistakes as a table, each below its dependencies."""
+    rows, todo = [], scripts
+    while todo:
+        missing = {script.unit for script in todo}
+        free = [script for script in todo if missing.isdisjoint(edge.dependency for edge in script.want)]
         for script in free:
             wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.want)
             rows.append([script.unit, ", ".join(wants), ", ".join(script.lock), shown_probe(script.limits.ready)])
             missing.remove(script.unit)
-        left = [script for script in left if script.unit in missing]
+        todo = [script for script in todo if script.unit in missing]
     text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows) if rows else ""
     return text + f"{len(rows)} script{'s' * (len(rows) != 1)}, no mistakes\n"
 
 
 class BootOptions(Record):
-    """How to boot."""
+    """The options of `boot`."""
 
-    jobs: int  # at once; 0 is no limit
+    jobs: int  # to run at once; 0 is no limit
     grace: float
     log_dir: str
     fail_fast: bool
@@ -6100,38 +6090,38 @@ class BootOptions(Record):
     always: bool
     resume: bool
     timeline: Callable[[Graph], None] | None  # writes it at the end of the startup
-    command: str  # that comes after the startup, if any
+    command: str  # the program of COMMAND, if any
 
 
 class Claimed(Record):
-    """The agent's answer to the claim of a boot: the units that count as done, and are not claimed."""
+    """The agent's answer to a claim of a boot: the units that count as done, and are not claimed."""
 
     done: list[str] = []
 
 
 class Output:
-    """What is on its way to standard output and error, as fast as they take it, so that neither holds anything up.
+    """Standard output and error, written without blocking, so that a slow reader holds nothing up.
 
-    On output are the lines of scripts, and on a terminal the live line under them; on error is what we say ourselves.
+    Lines of scripts go to standard output, on a terminal with a status line below them; our own go to standard error.
     """
 
-    patient = True  # else what is too much is lost
-    paused = False  # whether scripts are not read, since what they print is not taken
+    may_drop = False  # lines of scripts, while much output is pending
+    paused = False  # the output of scripts is not read, since much output is pending
 
     def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
-        self.quiet, self.log_dir = quiet, log_dir  # empty: no logs, or no more
+        self.quiet, self.log_dir = quiet, log_dir  # empty: no logs are written, or no more
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(text_width, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
         self._logs: set[str] = set()  # names of files in --log-dir
-        self._live = False  # whether the live line stands there
-        self.live_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when it is drawn again
+        self._has_status = False  # whether the status line is shown
+        self.status_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when to draw it again
 
     def lines(self, unit: str, texts: list[str]) -> None:
         """Print lines of a unit."""
-        if not self.quiet and (self.patient or not self.is_full()):
+        if not self.quiet and not (self.may_drop and self.is_full()):
             name = fit(unit, self._width, self._dots)
             if self._colour:  # red is for failures
                 name = f"\033[{32 + sum(map(ord, unit)) % 5}m{name}\033[0m"
@@ -6139,13 +6129,13 @@ class Output:
             self.pending[1] += "".join(f"{name} | {text}\n" for text in texts).encode(errors="backslashreplace")
 
     def say(self, text: str, quiet: bool = False) -> None:
-        """Print a line of ours on standard error."""
+        """Print one of our own lines."""
         self.clear()
         if not quiet and len(self.pending[2]) < FULL:
             self.pending[2] += encoded(text + "\n", 2)
 
     def log_path(self, unit: str) -> str:
-        """Return the path of a unit's file in --log-dir; empty without one."""
+        """Return the path of a unit's file in --log-dir; empty without that option."""
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
         while name in self._logs:
             name += "_"
@@ -6153,80 +6143,80 @@ class Output:
         return self.log_dir and os.path.abspath(os.path.join(self.log_dir, name + ".log"))
 
     def no_log(self, error: OSError) -> None:
-        """Say once that log files cannot be written; the boot goes on."""
+        """Write no more log files after an error, and print it once."""
         if self.log_dir:
             self.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
         self.log_dir = ""
 
     def is_full(self) -> bool:
-        """Return whether there is much that standard output does not take."""
+        """Return whether much output is pending."""
         return len(self.pending[1]) >= FULL
 
     def pipes(self) -> list[int]:
-        """Return which of standard output and error somebody may read until their end."""
+        """Return which of standard output and error are a pipe or socket, whose reader may wait for their end."""
         modes = {fd: os.fstat(fd).st_mode for fd in self.pending}
         return [fd for fd, mode in modes.items() if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)]
 
-    def let_go(self, fd: int) -> None:
-        """Print nothing any more on a descriptor, and hold it open no longer."""
+    def release(self, fd: int) -> None:
+        """Close standard output or error; what is printed there is lost."""
         os.dup2(0, fd)  # /dev/null in a background process
         if self._fds[fd] != fd:
             os.close(self._fds[fd])
         self._fds[fd] = fd
 
     def turn(self, loop: Loop, due: float) -> list[int]:
-        """Take a turn of a loop, in which what can be printed is."""
+        """Take a turn of a loop, and write pending output in it."""
         waiting = {self._fds[fd]: fd for fd, data in self.pending.items() if data}
-        for place, fd in waiting.items():
-            loop.watch(place, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
+        for own, fd in waiting.items():
+            loop.watch(own, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
         try:
             return loop.turn(due)
         finally:
             loop.forget(*waiting)
 
-    def write(self, fd: int, patience: float = 0.0) -> None:
-        """Pass on what is taken without blocking: a pipe that can be written to has room for 4 KiB.
+    def write(self, fd: int, timeout: float = 0.0) -> None:
+        """Write pending output without blocking: a pipe that can be written to has room for 4 KiB.
 
-        With patience, wait for a slow reader, and drop what it does not take within so many seconds.
+        With a timeout, wait so many seconds for a reader that takes nothing, then drop the rest.
         """
         import select
 
         data, at, ready = self.pending[fd], 0, select.poll()
         ready.register(self._fds[fd], select.POLLOUT)
         try:
-            while at < len(data) and ready.poll(patience * 1000):
+            while at < len(data) and ready.poll(timeout * 1000):
                 at += os.write(self._fds[fd], data[at : at + 4096])
         except BlockingIOError:  # less room than that
             pass
-        except OSError:  # nobody reads any more, or the terminal has gone; the boot goes on
+        except OSError:  # the reader or the terminal has gone; the boot goes on
             at = len(data)
-            self.let_go(fd)
-        self.pending[fd] = b"" if patience else data[at:]
+            self.release(fd)
+        self.pending[fd] = b"" if timeout else data[at:]
 
     def flush(self) -> None:
-        """Pass on all of it, but to readers that do not take it."""
+        """Write all pending output, but drop what a reader does not take."""
         for fd in self.pending:
-            self.write(fd, patience=1.0)
+            self.write(fd, timeout=1.0)
 
-    def live(self, head: str, items: list[str], now: float) -> None:
-        """Draw the live line: as many items as fit."""
+    def draw_status(self, head: str, items: list[str], now: float) -> None:
+        """Draw the status line with as many items as fit."""
         for shown in range(min(len(items), self.columns), -1, -1):
             more = [f"+{len(items) - shown} more"] if shown < len(items) else []
             text = f"{head} {', '.join(items[:shown] + more)}".rstrip()
             if text_width(text) < self.columns:
                 break
         self.pending[1] += ("\r\033[K" + text).encode(errors="backslashreplace")
-        self._live, self.live_at = True, now + 1
+        self._has_status, self.status_at = True, now + 1
 
     def clear(self) -> None:
-        """Remove the live line."""
-        if self._live:
+        """Remove the status line."""
+        if self._has_status:
             self.pending[1] += b"\r\033[K"
-            self._live, self.live_at = False, 0.0
+            self._has_status, self.status_at = False, 0.0
 
 
 def opened_again(fd: int) -> int:
-    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
+    """Open the terminal of `fd` again, non-blocking, which leaves it as it is for others; else return `fd`."""
     try:
         return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
@@ -6234,17 +6224,20 @@ def opened_again(fd: int) -> int:
 
 
 class Stream:
-    """What a unit prints: read from a pipe, passed on to an Output in whole lines, and kept in a file of --log-dir."""
+    """The output of a unit: read from a pipe, passed on to an Output in whole lines, and written to its log file."""
 
     def __init__(self, unit: str, loop: Loop, out: Output) -> None:
+        from codecs import getincrementaldecoder
+
         self.unit, self.loop, self.out = unit, loop, out
-        self.fd, self.log = -1, -1  # read end of the pipe, and the file
+        self.fd, self.log = -1, -1  # read end of the pipe, and the log file
         self.log_path = out.log_path(unit)
-        self.rest = b""  # a line that has not ended yet
-        self.last: list[str] = []  # lines
+        self.decoder = getincrementaldecoder("utf-8")("backslashreplace")
+        self.rest = ""  # an incomplete line
+        self.last: list[str] = []  # lines, for the summary
 
     def open(self, more: bool) -> int:
-        """Begin to read what a try prints, and `more` what a further one does; return the descriptor to print to."""
+        """Make a pipe for the output of a try and return its write end; with `more`, append to the log file."""
         self.close()
         self.fd, write = os.pipe()
         os.set_blocking(self.fd, False)
@@ -6258,14 +6251,14 @@ class Stream:
         return write
 
     def watch(self) -> None:
-        """Read what is printed, or nothing while our own output is not taken."""
+        """Watch the pipe, unless reading is paused."""
         if self.out.paused:
             self.loop.forget(self.fd)
         elif self.fd >= 0:
             self.loop.watch(self.fd, self.read)
 
     def read(self, chunks: int = 1) -> None:
-        """Take what was printed."""
+        """Read what is in the pipe, or a part of it."""
         for _ in range(chunks):
             try:
                 chunk = os.read(self.fd, 65536) if self.fd >= 0 else b""
@@ -6277,12 +6270,12 @@ class Stream:
             self.take(chunk)
 
     def drain(self) -> None:
-        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
+        """Read all that is in the pipe, with a bound; take an incomplete line as a whole one."""
         self.read(chunks=64)
         self.end_line()
 
     def take(self, chunk: bytes) -> None:
-        """Log what was printed, and print it: whole lines go on, the rest waits."""
+        """Write a chunk to the log file, and print the lines that it completes."""
         if self.log >= 0 and self.out.log_dir:
             try:
                 view = memoryview(chunk)
@@ -6290,42 +6283,33 @@ class Stream:
                     view = view[os.write(self.log, view) :]
             except OSError as error:
                 self.out.no_log(error)
-        *ended, rest = (self.rest + chunk).split(b"\n")
-        *more, self.rest = pieces(rest)
-        self.print([piece for line in ended for piece in pieces(line)] + more)
+        *lines, self.rest = (self.rest + self.decoder.decode(chunk)).split("\n")
+        if len(self.rest) > LONGEST_LINE:
+            lines.append(self.rest)
+            self.rest = ""
+        self.print(lines)
 
     def end_line(self) -> None:
-        """Take the last line as a whole one."""
+        """Print an incomplete line."""
+        self.rest += self.decoder.decode(b"", final=True)
         if self.rest:
             self.print([self.rest])
-            self.rest = b""
+            self.rest = ""
 
-    def print(self, lines: list[bytes]) -> None:
-        """Print lines, and keep the last ones."""
-        lines = lines[-LAST_LINES:] if self.out.quiet else lines
-        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
+    def print(self, lines: list[str]) -> None:
+        """Print lines, and remember the last ones."""
+        texts = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
         self.last = (self.last + [text[:500] for text in texts[-LAST_LINES:]])[-LAST_LINES:]
         self.out.lines(self.unit, texts)
 
     def close(self) -> None:
-        """Read no more of it."""
+        """Close the pipe and the log file."""
         self.end_line()
         self.loop.forget(self.fd)
         for fd in (self.fd, self.log):
             if fd >= 0:
                 os.close(fd)
         self.fd = self.log = -1
-
-
-def pieces(line: bytes) -> Iterator[bytes]:
-    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
-    while len(line) > CUT:
-        at = CUT
-        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
-            at -= 1
-        yield line[:at]
-        line = line[at:]
-    yield line
 
 
 class Job(Task):
@@ -6466,7 +6450,7 @@ class Boot:
 
     def after_startup(self, code: int) -> int:
         """Let the front go on, and be the parent of what still runs until it has ended; return the exit status."""
-        self.started_up, self.report_at, self.out.live_at, self.out.patient = True, NEVER, NEVER, False
+        self.started_up, self.report_at, self.out.status_at, self.out.may_drop = True, NEVER, NEVER, True
         command = self.options.command
         if self.options.stay and not self.signal:
             self.out.say("boot: staying until a signal", self.options.quiet)
@@ -6505,14 +6489,14 @@ class Boot:
         """End all commands after an unexpected error, without the agent and the Loop."""
         families = [job.family for job in self.active.values() if job.lives()]
         for family in families:
-            family.look(Processes)
-            family.tell_first()
-            family.tell_others()
+            family.scan(Processes)
+            family.terminate_first()
+            family.terminate_others()
             family.first = False  # nobody takes its exit status any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
             time.sleep(LOOK_OFTEN)
-            families = [family for family in families if family.look(Processes)]
+            families = [family for family in families if family.scan(Processes)]
             for family in families if time.monotonic() >= kill_at else ():
                 family.kill()
 
@@ -6524,12 +6508,12 @@ class Boot:
             if done() and not any(job.ending() for job in self.active.values()):
                 return
             if not any(self.out.pending.values()):
-                if now >= self.out.live_at:
+                if now >= self.out.status_at:
                     ended, running = len(self.jobs) - self.unfinished, self.running(now)
                     waiting = self.unfinished - len(running)
-                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
-                due = min(due, self.out.live_at)
-            self.pause(self.out.patient and self.out.is_full())
+                    self.out.draw_status(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
+                due = min(due, self.out.status_at)
+            self.pause(self.out.is_full() and not self.out.may_drop)
             for number in self.out.turn(self.loop, due):
                 self.stop_by_signal(number, f"boot got signal {number}")
 
@@ -6576,7 +6560,7 @@ class Boot:
         self.loop.forget(self.front)
         if self.front_may_end:
             for fd in self.out.pipes():
-                self.out.let_go(fd)
+                self.out.release(fd)
         elif not self.stopping:
             command = self.options.command if self.started_up else ""
             self.stop_by_signal(1, f"{command or 'the process of boot'} has ended")
@@ -6591,7 +6575,7 @@ class Boot:
 
     def claim(self) -> None:
         """Ask for all units at once, in as many requests as it takes."""
-        limit = (open_files() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
+        limit = (max_descriptors() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
         limit -= 3 * sum(bool(job.limits.ready) for job in self.jobs.values())
         jobs = max(1, min(self.options.jobs or limit, limit))
         rows: list[dict[str, Any]] = []
@@ -6790,7 +6774,7 @@ class Front:
         """Note an exit status; clean up after a background process that was killed."""
         self.ended.append(code)
         if code < 0:
-            put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
+            put(f"error: boot's background process was {exit_text(code)}; what it ran may run on\n", 2)
             remove_directory(self.directory)
 
     def receive(self) -> None:

@@ -7954,7 +7954,7 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
     b12, a17 = 12 * "b", 17 * "a"
     lines = {"": "", "a": " a", "a b c": " a, b, c", f"a {b12}": f" a, {b12}", f"a {b12}b": " a, +1 more"}
     for items, shown in {**lines, f"{a17} b c": " +3 more"}.items():
-        out.live("0 ended", items.split(), 0.0)
+        out.draw_status("0 ended", items.split(), 0.0)
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
 
 
@@ -8059,9 +8059,9 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
         family = coder_sync.Family(other.pid, own, "")
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
         family.first = False
-        family.look(coder_sync.Processes)
-        assert family.left() == []
-        family.tell_others(), family.kill()
+        family.scan(coder_sync.Processes)
+        assert family.pids() == []
+        family.terminate_others(), family.kill()
     assert other.poll() is None
 
 
@@ -8071,9 +8071,9 @@ def test_what_proc_hides_of_a_group_counts_as_left_unless_it_is_a_zombie(world: 
     family, hidden = coder_sync.Family(other.pid, True, ""), coder_sync.Processes()
     family.first = False
     del hidden.births[other.pid]
-    assert family.look(lambda: hidden)
-    hidden.dead_groups.add(other.pid)
-    assert not family.look(lambda: hidden)
+    assert family.scan(lambda: hidden)
+    hidden.zombie_groups.add(other.pid)
+    assert not family.scan(lambda: hidden)
 
 
 @NAMESPACES
@@ -8119,9 +8119,12 @@ while data:
 
 
 def test_a_line_that_is_too_long_is_cut_between_characters(world: World) -> None:
-    euros = "\u20ac" * 2730  # of which 8,192 bytes take no more
-    (world.directory / "euros").write_text("x" + 2 * euros + "\u20ac", encoding="utf-8")
-    Boot(world, {"a": "cat euros"}, encoding="utf-8").ends(0, f"a | x{euros}\na | {euros}\na | \u20ac\n")
+    text = "x" + 100_000 * "\u20ac"
+    (world.directory / "euros").write_text(text, encoding="utf-8")
+    boot = Boot(world, {"a": "cat euros"}, encoding="utf-8")
+    boot.ends()
+    pieces = boot.said()["a"]
+    assert "".join(pieces) == text and max(map(len, pieces)) < 80_000
 
 
 def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) -> None:
@@ -8164,7 +8167,7 @@ def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(worl
 @needs_proc
 def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
     sooner = "was = coder_sync.Output.write\n"
-    sooner += "coder_sync.Output.write = lambda *args, patience=0.0: was(*args, patience / 5)"
+    sooner += "coder_sync.Output.write = lambda *args, timeout=0.0: was(*args, timeout / 5)"
     files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
     boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
     stdout: Any = boot.process.stdout
