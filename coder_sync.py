@@ -3168,9 +3168,9 @@ class Log:
         handler = Handler(os.path.realpath(self.path), backupCount=1)
         handler.maxBytes = MAX_LOG if os.path.isfile(self.path) else 0  # a pipe or a device is not rotated
         handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
-        listener = logging.handlers.QueueListener(SimpleQueue(), handler)
-        listener.start()
-        return listener
+        writer = logging.handlers.QueueListener(SimpleQueue(), handler)
+        writer.start()
+        return writer
 
 
 class Request:
@@ -3231,7 +3231,7 @@ class Connection:
         from collections import deque
 
         self.sock, self.wake_up = sock, wake_up
-        self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, its answer), or (None, a message)
+        self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, answer or Waiting), or (None, message)
         self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until the answer is delivered
         self.claims: dict[Claim, None] = {}  # claims that end with the connection; some may have ended already
         self.members: list[Any] = []  # the first units of a boot, until the request with the last ones
@@ -3265,7 +3265,7 @@ class Connection:
                 pass
 
     def post(self, content: Any, claim: Claim | None = None) -> None:
-        """Put a message, or something for the client of a claim, into the outbox. Called under the agent's lock."""
+        """Put a message, or what a claim is answered, into the outbox. Called under the agent's lock."""
         if not self.gone:
             self.outbox.append((claim, content))
             self.wake_up.wake()
@@ -3336,7 +3336,7 @@ class Agent:
         connection.sock.close()
 
     def converse(self, connection: Connection) -> None:
-        """Read requests and write answers until the peer closes the connection, or sends data that is no request."""
+        """Read requests and write answers until the peer closes the connection, or sends a line that is not JSON."""
         sock, buffer = connection.sock, b""
         sock.settimeout(SEND_TIMEOUT)
         while True:
@@ -3359,7 +3359,7 @@ class Agent:
                 return
 
     def _do_due(self, connection: Connection) -> None:
-        """Do what is due: end late claims, report what is missing, give up waiting. Raises TimeoutError if idle."""
+        """End late claims, report what others lack, count answers as delivered. Raises TimeoutError if idle."""
         now = time.monotonic()
         if connection.due() > now:
             return
@@ -3480,7 +3480,7 @@ class Agent:
     # -- under the lock -----------------------------------------------------------------------------------
 
     def _answer(self, claim: Claim, answer: Any) -> None:
-        """Post an answer, and no second one unless the claim is a boot's; or a notification."""
+        """Post a notification, or the answer to a claim: one, unless it is a boot's."""
         request = claim.ticket
         if request is None:  # the connection is closed, or this is the agent's own stop
             return
@@ -3629,16 +3629,16 @@ class Agent:
         """End a unit. The caller matters only if a start of the unit was refused."""
         node = self.units.units.get(unit)
         by = request.connection.caller(False, caller) if node and node.refused else None
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._claim_of(request, unit))}
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._last_claim(request, unit))}
 
-    def _claim_of(self, request: Request, unit: str) -> Claim | None:
+    def _last_claim(self, request: Request, unit: str) -> Claim | None:
         """Return the held claim on a unit that was granted last, if it is the connection's."""
         node = self.units.units.get(unit)
         return node.last if node and node.last in request.connection.claims else None
 
     def _held(self, request: Request, unit: str) -> Claim:
-        """As `_claim_of`, but raise Refused if there is no such claim."""
-        claim = self._claim_of(request, unit)
+        """As `_last_claim`, but raise Refused if there is none."""
+        claim = self._last_claim(request, unit)
         if not claim:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
         return claim
