@@ -2344,7 +2344,7 @@ class Units:
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
-        (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, requires), ())])
+        (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), ())])
         self._settle_all(unit)
         return unit
 
@@ -2992,7 +2992,7 @@ class Units:
         if owner is None or not unit.may_run():
             return owner
         alive = self.alive(owner)
-        if alive is False and unit.status == STARTED and unit.supervisor():  # which is to try again, or to report
+        if alive is False and unit.status == STARTED and unit.supervisor():  # it tries again, or reports the end
             alive = None
         return Owner(owner.pid, owner.command, alive, owner.born)
 
@@ -3025,39 +3025,38 @@ class Units:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Agent. Units behind one lock, a thread a connection.
+# Agent. Units behind one lock, and a thread for each connection.
 #
-# What keeps it safe:
-# - Units is touched only under `Agent.lock`; nothing is written to a socket or a log while it is held.
-# - Only a connection's own thread reads from and writes to its socket, and it blocks for SEND_TIMEOUT at most.
-#   Whoever makes a claim's answer known, whatever the thread, leaves it in the outbox of the claim's connection
-#   and wakes that connection's thread, both under the lock.
-# - A thread that waits is in `poll`, on its socket and on its wake-up descriptor, until the next time at which it has
-#   to look at one of its claims. So the end of a client is seen at once, and all its claims end in one step.
-# - A claim is answered once: Units answers it, or its connection's end, its time or `stop` ends it, under the lock.
-# - A follower of events reads the history from where it was; it has no queue of its own.
+# - Units is used only under `Agent.lock`; nothing is written to a socket or a log while the lock is held.
+# - Only the thread of a connection reads from its socket and writes to it, and blocks for SEND_TIMEOUT at most. Any
+#   other thread puts messages into the outbox of the connection and wakes its thread, both under the lock.
+# - A thread that waits polls its socket and its wake-up descriptor, until something is due for one of its claims. So
+#   the end of a client is noticed at once, and all its claims end in one step.
+# - A claim is answered once. The answer counts as delivered when it was sent; if the client has asked for `confirm`,
+#   when it says that it has the answer, and CONFIRM_TIMEOUT later all the same.
+# - A follower of events reads them from the history; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
 
 import io  # noqa: E402  (os has loaded both)
 import stat  # noqa: E402
 
 MAX_CONNECTIONS = 4096
-MAX_QUEUE = 200_000  # lines of the log on their way out
+MAX_QUEUE = 200_000  # lines of the log that are not written yet
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
-REPLACE_TIMEOUT = GRACE + 4.0  # seconds, for an agent to end that stops its services first
+REPLACE_TIMEOUT = GRACE + 4.0  # seconds that an agent has to stop its services and end
 MANY_CLAIMS = 10_000  # of one connection
-MAX_BOOT = 64 << 20  # bytes of a boot, in all its parts
+MAX_BOOT = 64 << 20  # bytes of all requests of a boot
 ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
-SEND_TIMEOUT = 10  # seconds for which a peer may read nothing of what it is sent
-LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is still there
+SEND_TIMEOUT = 10  # seconds for which a peer may read nothing that is sent to it
+LOOK_AGAIN = 5.0  # seconds between two checks that the agent's socket still exists
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
-CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
-PAUSE = 0.02  # seconds for which a follower's thread gathers events, so that it does not hold up others
-STACK = 256 * 1024
-ELSEWHERE = "elsewhere"  # the birth of a process of another process namespace: its pid says nothing here
+CONFIRM_TIMEOUT = 5  # seconds
+PAUSE = 0.02  # seconds for which a follower's thread gathers events, so that it does not delay others
+STACK = 256 * 1024  # bytes, of a thread
+ELSEWHERE = "elsewhere"  # `born` of a process in another process namespace, whose pid means nothing here
 NO_ENVIRONMENT: dict[str, str] = {}
 
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a parameter -> its name, its test
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
@@ -3070,7 +3069,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a metho
 
 
 def parameters(method: Any) -> dict[str, tuple[str, bool]]:
-    """Return the parameters that `Agent.do_...` declares for its method: name -> (kind, whether it is required)."""
+    """Return the parameters of a method `Agent.do_...`: name -> (kind, whether it is required)."""
     code = method.__code__
     names = code.co_varnames[2 : code.co_argcount]
     optional = names[len(names) - len(method.__defaults__ or ()) :]
@@ -3078,7 +3077,7 @@ def parameters(method: Any) -> dict[str, tuple[str, bool]]:
 
 
 def check_params(method: Any, params: Any) -> dict[str, Any]:
-    """Return the parameters for a method by name, else raise InvalidParams. A list is by position."""
+    """Return the parameters of a request, an object or a list, by name. Raises InvalidParams."""
     known = parameters(method)
     names = f"there are {', '.join(known) or 'none'}"
     given = dict(zip(known, params)) if isinstance(params, list) else params
@@ -3097,7 +3096,7 @@ def check_params(method: Any, params: Any) -> dict[str, Any]:
 
 
 def check_environment(env: dict[str, Any]) -> dict[str, str]:
-    """Return the variables that a command leaves for others if they are some, else raise Refused."""
+    """Return the environment variables in a request. Raises Refused if one of them cannot be one."""
     for name, value in env.items():
         if not is_variable(name):
             raise Refused(f"{ascii(name)[:60]} is no name for an environment variable: use letters, digits and _")
@@ -3107,43 +3106,43 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of logging's: no caller waits for it.
+    """The agent's log: lines with a time, written to standard error or a file by a thread, so that no caller waits.
 
-    What cannot be written is counted, and the next line says so.
+    Lines that cannot be written are counted, and the next line gives their number.
     """
 
     def __init__(self, level: int = 1, path: str = "") -> None:
-        """Open the file, if there is one. Raises OSError, or RuntimeError if there can be no thread."""
+        """Open the file, if there is one. Raises OSError, or RuntimeError if no thread can be started."""
         self.level, self.path, self.lost = level, path, 0
-        self._trouble, self._again = "", NEVER
-        self._listener: Any = self._begin() if level > 0 or path else None  # else it may never be needed
+        self._trouble, self._silent_until = "", 0.0
+        self._listener: Any = self._start() if level > 0 or path else None  # else there may never be a line
 
     def say(self, text: str, level: int = 1) -> None:
-        """Queue a line; level 0 is trouble, said once a minute, 1 is shown unless --quiet, 2 with --verbose."""
-        if level > self.level or (level == 0 and text == self._trouble and time.monotonic() < self._again):
+        """Queue a line: of level 0 for trouble, once a minute; 1, unless --quiet; 2, with --verbose."""
+        if level > self.level or (level == 0 and text == self._trouble and time.monotonic() < self._silent_until):
             return
         if level == 0:
-            self._trouble, self._again = text, time.monotonic() + 60
+            self._trouble, self._silent_until = text, time.monotonic() + 60
         try:
             from logging import makeLogRecord
 
-            self._listener = self._listener or self._begin()
+            self._listener = self._listener or self._start()
             if self._listener.queue.qsize() >= MAX_QUEUE:
                 raise BlockingIOError
-        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads
+        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads the log
             self.lost += 1
             return
         lost, self.lost = self.lost, 0
         line = (f"({lost} lines lost here) " if lost else "") + text
         self._listener.queue.put(makeLogRecord({"msg": line[:3900], "lost": lost}))  # a pipe takes 4096 bytes at once
 
-    def close(self, patience: float = 0.5) -> None:
-        """Write what is queued, for as long as `patience` seconds."""
+    def close(self, timeout: float = 0.5) -> None:
+        """Write the queued lines, for at most `timeout` seconds."""
         if self._listener:
             self._listener.enqueue_sentinel()
-            self._listener._thread.join(patience)
+            self._listener._thread.join(timeout)
 
-    def _begin(self) -> Any:
+    def _start(self) -> Any:
         import logging.handlers
         from queue import SimpleQueue
 
@@ -3152,7 +3151,7 @@ class Log:
         class Handler(logging.handlers.RotatingFileHandler):
             def _open(self) -> Any:
                 fd = 2
-                if log.path:  # of a pipe that has no reader this is an error
+                if log.path:  # a pipe that has no reader is an error
                     fd = os.open(log.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
                     os.set_blocking(fd, True)
                 return io.TextIOWrapper(io.FileIO(fd, "w", closefd=fd != 2), errors="backslashreplace")
@@ -3160,46 +3159,47 @@ class Log:
             def doRollover(self) -> None:
                 try:
                     super().doRollover()
-                except OSError:  # it can have no successor, and goes on
+                except OSError:  # the old file cannot be renamed, and is used on
                     pass
 
             def handleError(self, record: Any) -> None:
                 log.lost += 1 + record.lost
 
         handler = Handler(os.path.realpath(self.path), backupCount=1)
-        handler.maxBytes = MAX_LOG if os.path.isfile(self.path) else 0  # a pipe or a device has no successor
+        handler.maxBytes = MAX_LOG if os.path.isfile(self.path) else 0  # a pipe or a device is not rotated
         handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
-        thread = logging.handlers.QueueListener(SimpleQueue(), handler)
-        thread.start()
-        return thread
+        writer = logging.handlers.QueueListener(SimpleQueue(), handler)
+        writer.start()
+        return writer
 
 
 class Request:
-    """A request, the ticket of its claim if it becomes one; without an id it gets no answer, only notifications."""
+    """A request, and the ticket of the claims that it makes. Without an id it gets no answer, but notifications."""
 
     id: Any = None
-    confirm = False  # the client says itself that the answer has arrived
+    confirm = False  # the client confirms that it has the answer
     answered = False
-    look_at = NEVER  # when to say next what the claim lacks, or, once the answer was sent, to take it for arrived
+    report_at = NEVER  # when to send the next notification `waiting`
+    confirm_by = NEVER  # when the answer, which was sent, counts as delivered
 
     def __init__(self, connection: Connection, size: int) -> None:
         self.connection, self.size, self.since = connection, size, time.monotonic()
 
 
 class WakeUp:
-    """What wakes a thread that polls. Raises OSError if there is no descriptor left.
+    """A descriptor by which other threads wake a thread that polls. Raises OSError if none is left.
 
-    The thread sets `awake` to False, then looks for work, then sleeps: so no work that comes is missed.
+    The thread sets `awake` to False, then looks for work, then sleeps: so it misses no work.
     """
 
     awake = False
 
     def __init__(self) -> None:
         ends = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
-        self._ends = [io.FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
+        self._ends = [io.FileIO(fd, "r+") for fd in ends]  # closed by their destructor if no thread starts
 
     def close(self) -> None:
-        """Give the descriptors back; from now on nobody is woken."""
+        """Close the descriptors; from now on `wake` does nothing."""
         self.awake = True
         for end in self._ends:
             end.close()
@@ -3208,14 +3208,14 @@ class WakeUp:
         """Wake the thread, or keep it from going to sleep. Called under the agent's lock."""
         if not self.awake:
             self.awake = True
-            self._ends[-1].write((1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
+            self._ends[-1].write((1).to_bytes(8, sys.byteorder))  # for eventfd(2) a number; a pipe takes anything
 
-    def sleep(self, others: Iterable[int], seconds: float) -> set[int]:
-        """Wait until woken, or until some of `others` can be read, which are returned, or until the time is over."""
+    def sleep(self, fds: Iterable[int], seconds: float) -> set[int]:
+        """Wait for `wake`, for descriptors, or for at most `seconds`; return the descriptors that can be read."""
         from select import POLLIN, poll
 
         poller, end = poll(), self._ends[0]
-        for fd in (end.fileno(), *others):
+        for fd in (end.fileno(), *fds):
             poller.register(fd, POLLIN)
         ready = {fd for fd, _ in poller.poll(max(0, seconds) * 1000 + 1 if seconds < NEVER else None)}
         self.awake = True
@@ -3225,28 +3225,32 @@ class WakeUp:
 
 
 class Connection:
-    """One client and its thread. Others only append to `outbox` and wake it, under the agent's lock."""
+    """The connection to one client. Other threads than its own only call `post`."""
 
     def __init__(self, sock: Any, wake_up: WakeUp) -> None:
         from collections import deque
 
         self.sock, self.wake_up = sock, wake_up
-        self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, its answer), or (None, a message)
-        self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until its answer has arrived
-        self.claims: dict[Claim, None] = {}  # all that may not be over
-        self.members: list[Any] = []  # the units of a boot, of which more are to come
-        self.following = -1  # the number of the last event that it has, if it follows them
-        self.parts = 0  # bytes of `members`
-        self.idle_at = time.monotonic() + IDLE_TIMEOUT
-        self.gone = False  # the peer is, or what it sends is not read any more
+        self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, answer or Waiting), or (None, message)
+        self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until the answer is delivered
+        self.claims: dict[Claim, None] = {}  # claims that end with the connection; some may have ended already
+        self.members: list[Any] = []  # the first units of a boot, until the request with the last ones
+        self.members_size = 0  # bytes
+        self.following = -1  # the number of the last event that was sent, if the client follows them
+        self.active_at = time.monotonic()  # when the client was last heard or answered
+        self.gone = False  # nothing can be sent any more
+
+    def idle_at(self) -> float:
+        """Return when the connection will have been idle for too long, on the monotonic clock."""
+        return NEVER if self.claims or self.following >= 0 else self.active_at + IDLE_TIMEOUT
 
     def due(self) -> float:
-        """Return when the thread has something to do of itself, on the monotonic clock."""
-        idle_at = NEVER if self.claims or self.following >= 0 else self.idle_at
-        return min([idle_at, *(t for claim in self.open.values() for t in (claim.deadline, claim.ticket.look_at))])
+        """Return when the thread has something to do next, without being woken."""
+        requests = [(claim.deadline, claim.ticket.report_at, claim.ticket.confirm_by) for claim in self.open.values()]
+        return min(self.idle_at(), *map(min, requests)) if requests else self.idle_at()
 
     def send(self, data: bytes) -> None:
-        """Send; no more to a peer that has gone or reads nothing for SEND_TIMEOUT, but what it has sent is done."""
+        """Send data. A peer that has gone or does not read gets nothing more, but its requests are done."""
         left = memoryview(data)
         try:
             while left:
@@ -3256,20 +3260,20 @@ class Connection:
             if not of_peer(error):
                 raise
             try:
-                self.sock.shutdown(2)  # both ways: what it has sent has an end
+                self.sock.shutdown(2)  # both ways, so that no more is received
             except OSError:
                 pass
 
     def post(self, content: Any, claim: Claim | None = None) -> None:
-        """Leave something to be sent: a message, or the answer to a claim. Called under the agent's lock."""
+        """Put a message, or what a claim is answered, into the outbox. Called under the agent's lock."""
         if not self.gone:
             self.outbox.append((claim, content))
             self.wake_up.wake()
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
-        """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
+        """Return the peer, if it is to hold a unit, else the script that called it, or None if that is unknown.
 
-        `parent` is the script as the peer says, for systems on which we cannot find out.
+        `parent` is the pid of the script as the peer says, for systems without /proc.
         """
         pid = who_is_at(self.sock)[0]
         if pid and not hold:
@@ -3278,18 +3282,18 @@ class Connection:
 
 
 def of_peer(error: BaseException | None) -> bool:
-    """Return whether an error of a socket is its peer's, which has gone or does not read, and not our own."""
+    """Return whether a socket's peer caused an error, because it has gone or does not read."""
     late = isinstance(error, OSError) and error.errno is None  # Python 3.8: socket.timeout
     return late or isinstance(error, (ConnectionError, TimeoutError, BlockingIOError))
 
 
 def process(pid: int, command: str = "") -> Owner | None:
-    """Return a process as the owner of a unit, with its command if it is known; None for no process."""
+    """Return a process as the owner of a unit, or None for pid 0."""
     return Owner(pid, command or command_of(pid), None, birth(pid)) if pid > 0 else None
 
 
 class Agent:
-    """The daemon's state and its answers. What the protocol has as method M is `do_M` here."""
+    """The state of the daemon. Method M of the protocol is `do_M` here."""
 
     def __init__(self, log: Log) -> None:
         from threading import Lock, Thread
@@ -3300,13 +3304,13 @@ class Agent:
         self.connections: set[Connection] = set()
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
-        self.leaving = False  # nothing begins any more, since the agent is about to end
-        self.owners: dict[Claim, io.FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
+        self.leaving = False  # the agent is about to end, and takes no more claims
+        self.owners: dict[Claim, io.FileIO | None] = {}  # claim of a `start --pid` -> pidfd of the process, if any
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
-        """Do a step again and again, whatever goes wrong: the body of a thread."""
+        """Call `step` for ever, whatever goes wrong: the body of a thread. `doing` is for the log."""
         while True:
             try:
                 step()
@@ -3317,7 +3321,7 @@ class Agent:
     # -- a connection's thread ----------------------------------------------------------------------------
 
     def end(self, connection: Connection) -> None:
-        """End a connection and its claims: its peer has gone."""
+        """Close a connection and end its claims."""
         with self.lock:
             connection.gone = True
             self.followers.discard(connection)
@@ -3325,53 +3329,55 @@ class Agent:
                 self.connections.remove(connection)
                 self.units.end_claims(list(connection.claims), "its caller went away")
             for claim in connection.claims:
-                claim.ticket = None  # so that what a unit remembers of its last start does not keep the connection
+                claim.ticket = None  # a unit keeps its last claim, which is not to keep the connection
             connection.open.clear()
             connection.claims.clear()
             connection.wake_up.close()
         connection.sock.close()
 
     def converse(self, connection: Connection) -> None:
-        """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
+        """Read requests and write answers until the peer closes the connection, or sends a line that is not JSON."""
         sock, buffer = connection.sock, b""
         sock.settimeout(SEND_TIMEOUT)
         while True:
             connection.wake_up.awake = False
-            self._attend(connection)
+            self._do_due(connection)
+            self._flush(connection)
             if not connection.wake_up.sleep([sock.fileno()], connection.due() - time.monotonic()):
                 if connection.following >= 0:
                     time.sleep(PAUSE)
                 continue
             chunk = sock.recv(65536)
-            connection.idle_at = time.monotonic() + IDLE_TIMEOUT
+            connection.active_at = time.monotonic()
             *lines, buffer = (buffer + chunk).split(b"\n")
-            if not chunk or len(buffer) > MAX_LINE:  # a last line without its end, or one without any
+            if not chunk or len(buffer) > MAX_LINE:  # a last line without a newline, or one that is too long
                 lines, buffer = [*lines, buffer], b""
-            for line in lines:  # whatever becomes of the answers: what was received is done
+            for line in lines:  # even if the answers cannot be sent any more
                 if line.strip() and not self._line(connection, line):
                     return
             if not chunk:
                 return
 
-    def _attend(self, connection: Connection) -> None:
-        """Do what is due, and send what there is to say."""
-        now, due = time.monotonic(), connection.due()
-        if due <= now:
-            with self.lock:
-                self.units.end_late(list(connection.open.values()))
-                for claim in [claim for claim in connection.open.values() if claim.ticket.look_at <= now]:
-                    if claim.ticket.answered:
-                        self._arrived(claim)
-                    else:
-                        self._still_waiting(claim)
-        self._flush(connection)
-        if due <= now and due == connection.idle_at:
+    def _do_due(self, connection: Connection) -> None:
+        """End late claims, report what others lack, count answers as delivered. Raises TimeoutError if idle."""
+        now = time.monotonic()
+        if connection.due() > now:
+            return
+        with self.lock:
+            claims = [*connection.open.values()]
+            self.units.end_late(claims)
+            for claim in claims:
+                if claim.ticket.report_at <= now:
+                    self._report_waiting(claim)
+                if claim.ticket.confirm_by <= now:
+                    self._delivered(claim)
+        if connection.idle_at() <= now:
             error = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
             connection.send(encode(error_message(None, error)))
             raise TimeoutError
 
     def _line(self, connection: Connection, line: bytes) -> bool:
-        """Do one request and answer it; False if the rest of the stream cannot be trusted."""
+        """Do the request on a line and answer it; return False if the connection is to be closed."""
         request, trusted = Request(connection, len(line)), True
         try:
             result = self._call(request, line)
@@ -3379,7 +3385,7 @@ class Agent:
                 self._suggest(result.dependencies, result.unit_name)
                 if result.status == NOT_REGISTERED:
                     result.did_you_mean = self._resembling(result.unit_name)
-            if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
+            if result is not None and request.id is not None:  # else it is answered later, or not at all
                 connection.post({"id": request.id, "result": plain(result)})
         except SyncError as problem:
             error = problem
@@ -3418,25 +3424,24 @@ class Agent:
             return method(self, request, **params)
 
     def _flush(self, connection: Connection) -> None:
-        """Send what is in the outbox, and what a follower does not have yet."""
+        """Send the outbox, and then the new events to a follower."""
         while not connection.gone:
             batch = [connection.outbox[i] for i in range(min(len(connection.outbox), 200))]
-            events = [] if batch else self._unseen(connection)
-            messages = [self._message(claim, content) for claim, content in batch] or events
+            messages = [self._message(claim, content) for claim, content in batch] or self._new_events(connection)
             if not messages:
                 return
             connection.send(b"".join(map(encode, messages)))
-            for claim, content in batch:  # not before it is sent: `stop` waits for that
+            for claim, content in batch:  # `stop` waits until the outbox is empty, that is until all was sent
                 connection.outbox.popleft()
                 if claim and not connection.gone and not isinstance(content, Waiting):
                     with self.lock:
                         if claim.ticket.confirm and isinstance(content, dict):
-                            claim.ticket.look_at = time.monotonic() + CONFIRM_TIMEOUT
+                            claim.ticket.confirm_by = time.monotonic() + CONFIRM_TIMEOUT
                         else:
-                            self._arrived(claim)
+                            self._delivered(claim)
 
-    def _unseen(self, connection: Connection) -> list[dict[str, Any]]:
-        """Return the next events that a follower lacks; hang up if it is so far behind that they are forgotten."""
+    def _new_events(self, connection: Connection) -> list[dict[str, Any]]:
+        """Return the next notifications for a follower of events. Raises TimeoutError if they are forgotten."""
         if connection.following < 0:
             return []
         with self.lock:
@@ -3447,7 +3452,7 @@ class Agent:
         return [{"method": "event", "params": plain(event)} for event in events]
 
     def _message(self, claim: Claim | None, content: Any) -> Any:
-        """Return what to send: a message as it is, or what there is to say to a claim."""
+        """Return the message for an entry of the outbox. Without a claim it is one already."""
         if claim is None:
             return content
         if isinstance(content, Waiting):
@@ -3462,12 +3467,12 @@ class Agent:
         return {"id": claim.ticket.id, "result": plain(content)}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
-        """Note which registered name each unregistered one may mean."""
+        """Add to unregistered dependencies a registered name that resembles theirs."""
         for row in [row for row in rows if row.current_status == NOT_REGISTERED][:20]:
             row.did_you_mean = self._resembling(row.depends_on, asker)
 
     def _resembling(self, name: str, asker: str = "") -> str:
-        """Return the registered name that another one may mean: none that waits for it. Takes long."""
+        """Return a registered name that resembles another; none of a unit that depends on it. Takes long."""
         with self.lock:
             names = self.units.candidates([name, asker])
         return resembling(name, names)
@@ -3475,14 +3480,14 @@ class Agent:
     # -- under the lock -----------------------------------------------------------------------------------
 
     def _answer(self, claim: Claim, answer: Any) -> None:
-        """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
+        """Post a notification, or the answer to a claim: one, unless it is a boot's."""
         request = claim.ticket
-        if request is None:  # of who has gone, or of a stop of our own
+        if request is None:  # the connection is closed, or this is the agent's own stop
             return
         if isinstance(answer, Notice):
             request.connection.post(plain(answer))
         elif not request.answered:
-            request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
+            request.answered, request.report_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
 
     def _event(self, event: Event) -> None:
@@ -3492,23 +3497,23 @@ class Agent:
         for follower in self.followers:
             follower.wake_up.wake()
 
-    def _still_waiting(self, claim: Claim) -> None:
+    def _report_waiting(self, claim: Claim) -> None:
         request = claim.ticket
-        request.look_at += REPORT_EVERY
+        request.report_at += REPORT_EVERY
         missing = self.units.dependencies(claim.unit, unmet_only=True)
         request.connection.post(Waiting(missing, round(time.monotonic() - request.since, 3)), claim)
 
-    def _arrived(self, claim: Claim) -> None:
+    def _delivered(self, claim: Claim) -> None:
         connection = claim.ticket.connection
-        connection.idle_at = time.monotonic() + IDLE_TIMEOUT
-        if not claim.boot:  # which was answered long ago: its id may be in use again
+        connection.active_at = time.monotonic()
+        if not claim.boot:  # the request of a boot was answered before, so that its id may be in use again
             connection.open.pop(claim.ticket.id, None)
         self.units.delivered(claim)
-        # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
+        # A connection that holds a unit is not idle, even after others have ended that; a `start --pid` holds none.
         if not claim.held or not claim.unit.name or claim in self.owners:
             connection.claims.pop(claim, None)
 
-    # -- the methods of the protocol, under the lock: each returns its result, or None if the answer comes later --
+    # -- methods of the protocol, under the lock; each returns its result, or None if the answer comes later ------
 
     def do_ping(self, request: Request) -> Any:
         return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
@@ -3532,16 +3537,15 @@ class Agent:
         supervisor: bool = False,
         caller: int = 0,
     ) -> None:
-        """Claim a unit.
+        """Claim a unit. With `hold` the unit fails if the connection closes before the unit has ended.
 
-        With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
-        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`,
-        and by `unit` that others have ended the unit.
+        A `supervisor` holds it until its command has ended, too, which `exited` reports. It gets the notification
+        `stop` when it is to end the command, and `unit` when others have ended the unit.
         """
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
         owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
-        member = (unit, dict.fromkeys(dependencies, requires), locks)
+        member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
         by: dict[str, Any] = {"owner": owner, "held": held, "supervisor": supervisor}
         claim = self._expect(request, lambda: self.units.start(member, request, timeout, **by), progress)
         if pid and owner:
@@ -3551,7 +3555,7 @@ class Agent:
         claim = request.connection.open.get(id)
         confirmed = claim is not None and claim.ticket.answered
         if claim and confirmed:
-            self._arrived(claim)
+            self._delivered(claim)
         return {"confirmed": confirmed}
 
     def do_wait(
@@ -3567,12 +3571,12 @@ class Agent:
         self._expect(request, lambda: self.units.wait(units, request, requires, timeout), progress)
 
     def _expect(self, request: Request, ask: Callable[[], Claim], progress: bool = False) -> Claim:
-        """Return the claim that a request asks for, which is answered later or has just been."""
+        """Return the claim that `ask` makes, and keep it until it is answered. `progress` is for `waiting`."""
         if request.id is None:
             raise InvalidRequest('start, wait and stop need an "id"')
         self._may_begin()
         if progress:
-            request.look_at = request.since  # at once
+            request.report_at = request.since  # that is at once
         claim = request.connection.open[request.id] = ask()
         self._keep(request.connection, [claim])
         return claim
@@ -3582,7 +3586,7 @@ class Agent:
             raise Unreachable("the agent is shutting down")
 
     def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
-        """Have claims end with a connection; of one that has asked for much, forget those that are over."""
+        """Let claims end with a connection. Forget its old ones that are over, if there are many."""
         connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MANY_CLAIMS:
             connection.claims = {c: None for c in connection.claims if not c.is_over()}
@@ -3590,12 +3594,12 @@ class Agent:
     def do_boot(
         self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False, resume: bool = False
     ) -> Any:
-        """Claim all units, as their supervisor, or, with `more`, gather them. Of `resume` see Units.boot."""
+        """Claim all units as their supervisor. `more`: the boot goes on in a further request. See Units.boot."""
         self._may_begin()
         connection = request.connection
-        members, connection.members = connection.members, []  # after a refusal none of them is left
-        connection.parts = request.size + (connection.parts if members else 0)
-        if connection.parts > MAX_BOOT:
+        members, connection.members = connection.members, []  # forgotten after an error
+        connection.members_size = request.size + (connection.members_size if members else 0)
+        if connection.members_size > MAX_BOOT:
             raise Refused(f"a boot of more than {MAX_BOOT >> 20} MiB is too large")
         for row in units:
             name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
@@ -3614,7 +3618,7 @@ class Agent:
     def do_complete(
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
     ) -> Any:
-        """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
+        """End a unit with success. `running`: its command runs on until the supervisor calls `exited`."""
         return self._end(request, unit, caller, Outcome(COMPLETED, "", 0, "", running, check_environment(env)))
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
@@ -3622,19 +3626,19 @@ class Agent:
         return self._end(request, unit, caller, Outcome(FAILED, one_line(reason), exit_code or None))
 
     def _end(self, request: Request, unit: str, caller: int, outcome: Outcome) -> Any:
-        """End a unit. Who reports that matters only if somebody's start of it was refused."""
-        known = self.units.units.get(unit)
-        by = request.connection.caller(False, caller) if known and known.refused else None
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._claim_of(request, unit))}
+        """End a unit. The caller matters only if a start of the unit was refused."""
+        node = self.units.units.get(unit)
+        by = request.connection.caller(False, caller) if node and node.refused else None
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._last_claim(request, unit))}
 
-    def _claim_of(self, request: Request, unit: str) -> Claim | None:
-        """Return the claim on a unit that was granted last, if it is the connection's."""
-        known = self.units.units.get(unit)
-        return known.last if known and known.last in request.connection.claims else None
+    def _last_claim(self, request: Request, unit: str) -> Claim | None:
+        """Return the held claim on a unit that was granted last, if it is the connection's."""
+        node = self.units.units.get(unit)
+        return node.last if node and node.last in request.connection.claims else None
 
     def _held(self, request: Request, unit: str) -> Claim:
-        """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
-        claim = self._claim_of(request, unit)
+        """As `_last_claim`, but raise Refused if there is none."""
+        claim = self._last_claim(request, unit)
         if not claim:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
         return claim
@@ -3650,7 +3654,7 @@ class Agent:
         return {"unit": unit}
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
-        """Note what the last try of the probe of a unit lacked."""
+        """Note why the last try of the probe of a unit has failed."""
         self._held(request, unit).unit.facts.probe_error = one_line(error)
         return {"unit": unit}
 
@@ -3663,14 +3667,14 @@ class Agent:
         return {"unit": unit}
 
     def do_exited(self, request: Request, unit: str, reason: str = "", code: int = 0, stopped: bool = False) -> Any:
-        """End a supervisor's claim: the command has ended."""
+        """End a supervisor's claim, since the command has ended. See Units.exit."""
         self.units.exit(self._held(request, unit), one_line(reason), code, stopped)
         return {"unit": unit}
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
-        """Stop units and what depends on them, or all: see Units.stop. It goes on if the connection closes."""
+        """Stop units; this goes on if the connection closes. See Units.stop."""
         self._expect(request, lambda: self.units.stop(units, request, grace))
-        self._owners_wake.wake()  # who keeps time
+        self._owners_wake.wake()  # the owners' thread calls keep_time
 
     def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
         return {"units": self.units.reset(units)}
@@ -3689,7 +3693,7 @@ class Agent:
         return {"env": self.units.environment(unit)}
 
     def do_events(self, request: Request, since: int = 0, follow: bool = False) -> Any:
-        """Return what happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
+        """Return the events after number `since`. With `follow`, later ones are sent as notifications `event`."""
         if follow:
             request.connection.following = self.units.seq
             self.followers.add(request.connection)
@@ -3698,7 +3702,7 @@ class Agent:
     def do_shutdown(self, request: Request) -> Any:
         if not self.leaving:  # a second signal would leave services no time
             self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
-            os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
+            os.kill(os.getpid(), signal.SIGTERM)  # ends the process, whether it is an agent only or a boot, too
             self.leaving = True
         return {}
 
@@ -3706,12 +3710,12 @@ class Agent:
 
     @staticmethod
     def _knows_pids_of(connection: Connection) -> bool:
-        """Return whether a peer is in our process namespace, so that a pid that it tells is the same process here."""
+        """Return whether a peer is in our process namespace, so that a pid means the same process to both."""
         peer = who_is_at(connection.sock)[0]
         return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
-        """Return the process that is to own a unit. Raises Refused if there is none."""
+        """Return the process with a pid, as an owner. Raises Refused if there is none."""
         if not self._knows_pids_of(connection):
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
@@ -3726,7 +3730,7 @@ class Agent:
         return now == owner.born if owner.born else None
 
     def _watch(self, claim: Claim, owner: Owner) -> None:
-        """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
+        """Let the owners' thread end a claim when its process has ended. Called under the lock."""
         self.owners[claim] = None
         try:
             self.owners[claim] = io.FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
@@ -3735,10 +3739,7 @@ class Agent:
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        """Wait until an owner ends, or a stop is due to go on: a step of the owners' thread.
-
-        Where there is no pidfd it looks every second.
-        """
+        """Wait until an owner ends, or until Units.keep_time is due. Without a pidfd, check the owner each second."""
         self._owners_wake.awake = False
         with self.lock:
             self.owners = {claim: file for claim, file in self.owners.items() if not claim.is_over()}
@@ -3751,21 +3752,21 @@ class Agent:
         with self.lock:
             self.units.end_claims(gone, "the process that was to own it has ended")
 
-    # -- for whoever hosts it ------------------------------------------------------------------------------
+    # -- for the process that hosts the agent --------------------------------------------------------------
 
     def retire(self) -> bool:
-        """Take no more claims, unless a boot of somebody else has some; return whether none has."""
+        """Take no more claims, unless a boot still has claims; return whether none has."""
         with self.lock:
             claims = [claim for connection in self.connections for claim in connection.claims if claim.boot]
             self.leaving = self.leaving or all(claim.is_over() for claim in claims)
             return self.leaving
 
     def stop_units(self, everything: bool, grace: float) -> Stop | None:
-        """Begin to stop what runs on, or all that supervisors run; let nothing else begin. None if nothing runs."""
+        """Begin to stop commands that run on, or all that have a supervisor, and start none. None if there are none."""
         with self.lock:
             self._turn_away()
-            nodes = self.units.units.values()
-            names = [u.name for u in nodes if u.facts.running_on or (everything and u.supervisor())]
+            units = self.units.units.values()
+            names = [u.name for u in units if u.facts.running_on or (everything and u.supervisor())]
             if not names:
                 return None
             stop = self.units.stop([] if everything else names, None, grace)
@@ -3773,29 +3774,29 @@ class Agent:
         return stop
 
     def _turn_away(self) -> None:
-        """Answer everybody who waits that the agent is about to end. Called under the lock."""
+        """Take no more claims, and answer those that wait with Unreachable. Called under the lock."""
         self.leaving = True
         for claim in [claim for connection in self.connections for claim in connection.open.values()]:
             self._answer(claim, Unreachable("the agent is shutting down"))
 
     def stop(self) -> None:
-        """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
+        """Answer all claims that wait, and give the connections a second to send what is in their outboxes."""
         with self.lock:
             self._turn_away()
-            connections, self.connections = self.connections, set()  # whose ends change nothing any more
+            connections, self.connections = self.connections, set()  # when these close no claim ends
         deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
 
 
 METHODS = {name[3:]: method for name, method in vars(Agent).items() if name.startswith("do_")}
-QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # which change nothing
+QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # methods that change nothing
 
 
 def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) -> Any:
-    """Return a socketserver on a listening socket: each connection has a thread, and at most `most` are open at once.
+    """Return a socketserver on a listening socket, with a thread for each connection, and at most `most` of them.
 
-    What socketserver calls a request is a Connection here. `look` is called now and then, and after each of them.
+    The requests of socketserver are Connections here. `look` is called now and then, and after each new connection.
     """
     import _thread
     import socketserver
@@ -3822,7 +3823,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
             except OSError as error:
                 no_room(error)
                 time.sleep(0.05)  # do not spin
-                raise OSError from None  # for which socketserver looks again
+                raise OSError from None  # socketserver tries again
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
             if len(agent.connections) < most:
@@ -3836,7 +3837,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
         def process_request(self, request: Any, client_address: Any) -> None:
             with agent.lock:
                 agent.connections.add(request)
-            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
+            # Not threading.Thread: its start() waits for ever if there is no memory for the thread.
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
         def shutdown_request(self, request: Any) -> None:
@@ -3862,10 +3863,10 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
 def listen(
     at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], bool] | None, again: bool = False
 ) -> Any:
-    """Return a socket that listens at `path`; at the end it is removed, and PATH.lock. Raises Refused.
+    """Return a socket that listens at `path`. `at_end` will remove it, and PATH.lock. Raises Refused.
 
-    It and the directories that are missing (a /run is empty at every boot) are for us alone from their first moment,
-    until the socket gets its mode and, unless it is -1, its group. `again`: we have the lock already.
+    Missing directories (a /run is empty at every boot) are made. They, and the socket until it gets its mode and its
+    group (-1: none), are accessible to us only. `again`: we hold the lock already.
     """
     if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
         raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
@@ -3899,24 +3900,24 @@ END_IT = "end it with `shutdown`, take its place with `serve --replace`,"
 
 
 def in_the_way(what: str, do: str = "remove it") -> Refused:
-    """Return the error for what is at a path already."""
+    """Return the error for a path that is in use."""
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
 def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io.FileIO:
-    """Hold the lock of `path`, so that of two agents starting at once one wins; return its file.
+    """Lock the file `lock`, so that one agent at a time serves `path`; return the file.
 
-    Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
-    file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
-    now; then it begins again. What others may have put there is not written to.
+    Raises Refused if another process has locked it, or, if that is to be replaced, ask it to end, and remove the file
+    if it does not. Its holder removes the file, too: so start again if the file that was locked is not the one in the
+    directory. Never write to a file that others may have put there.
     """
     import fcntl
 
     deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
         late = replace and (not replace(path) or time.monotonic() > deadline)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody waits for the other end of a pipe
-        file = io.FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # do not wait for the other end of a pipe
+        file = io.FileIO(os.open(lock, flags, 0o600), "r+")  # closed by its destructor
         found = os.fstat(file.fileno())
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -3933,7 +3934,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
                 pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
-            if holder not in (0, found.st_mtime_ns):  # another has taken its place, and has the same time to end
+            if holder not in (0, found.st_mtime_ns):  # another agent has taken its place, and has as much time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
                 remove(lock, found)
@@ -3944,7 +3945,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
 
 
 def file_owner(path: str) -> str:
-    """Return whose a file is, for a message, if it is neither ours nor root's."""
+    """Return the owner of a file, for a message; nothing if that is root or us."""
     try:
         uid = os.lstat(path).st_uid
     except OSError:
@@ -3965,7 +3966,7 @@ def bind(path: str, replace: bool) -> Any:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(1)
             answer = errno.ECONNREFUSED if replace else probe.connect_ex(path)
-        if answer in (0, errno.EAGAIN):  # somebody takes connections, or is too busy to
+        if answer in (0, errno.EAGAIN):  # connections are accepted, or the backlog is full
             raise in_the_way(f"somebody is serving {path} already", END_IT)
         if answer != errno.ECONNREFUSED:
             raise OSError(answer, os.strerror(answer))
@@ -3976,7 +3977,7 @@ def bind(path: str, replace: bool) -> Any:
 
 
 def notify(state: str) -> None:
-    """Tell the supervisor; the protocol is that of sd_notify(3). That there is none is no error."""
+    """Send a state to the service manager that started us, if any, as sd_notify(3) does."""
     import socket
 
     address = getenv("NOTIFY_SOCKET")
@@ -3990,11 +3991,11 @@ def notify(state: str) -> None:
 
 
 def detach() -> int:
-    """Go on in a background process; return there a descriptor that wants a byte when it is ready.
+    """Go on in a background process; return a descriptor to which it writes a byte when it is ready.
 
-    The process that was called ends here: well when the other is ready, else as that does, which has said why.
+    The process that was called exits here: with 0 when the other is ready, or with the exit status of the other.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, waitpid has no exit status
     child, link = in_background()
     if child:
         code = 0 if os.read(link, 1) else exit_code_of(os.waitpid(child, 0)[1])
@@ -4008,7 +4009,7 @@ def detach() -> int:
 
 
 class Host(Record):
-    """An agent that listens at a path while a `with` block runs, and takes connections once `accept` is called."""
+    """An agent that listens at a path during a `with` block, and accepts connections from a call of `accept` on."""
 
     path: str  # absolute
     mode: int = 0o600
@@ -4016,10 +4017,10 @@ class Host(Record):
     level: int = 0  # of the log: 0 quiet, 1, 2 verbose
     log_file: str = ""
     pid_file: str = ""
-    replace: Callable[[str], bool] | None = None  # is called with the path while there is another agent
-    timeline: Callable[[Graph], None] | None = None  # is called with the graph at the end
-    alone: bool = False  # the process is nothing but the agent, so that its limit of descriptors may be raised
-    advice: str = ""  # for the log
+    replace: Callable[[str], bool] | None = None  # called with the path while there is another agent
+    timeline: Callable[[Graph], None] | None = None  # called with the graph at the end
+    alone: bool = False  # the process is an agent only, so that its limit of file descriptors may be raised
+    advice: str = ""  # a line for the log
 
     def __enter__(self) -> Host:
         """Listen. Raises Refused."""
@@ -4035,13 +4036,13 @@ class Host(Record):
                 at_end.callback(log.close)
                 if self.pid_file:
                     with open(open_file(self.pid_file, WRITE), "w", encoding="ascii") as file:
-                        if os.path.isfile(self.pid_file):  # and no device
+                        if os.path.isfile(self.pid_file):  # not a device
                             at_end.callback(remove, self.pid_file, os.fstat(file.fileno()))
                         file.write(f"{os.getpid()}\n")
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self.accepting = threading.Event()
-                threading.Thread(target=self._accept, daemon=True).start()  # while there is room for a thread
+                threading.Thread(target=self._accept, daemon=True).start()  # now, since it can fail
             except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
                 path = getattr(error, "filename", None) or self.pid_file
                 doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
@@ -4053,7 +4054,7 @@ class Host(Record):
         return self
 
     def accept(self) -> None:
-        """Begin to take connections."""
+        """Begin to accept connections."""
         self.accepting.set()
 
     def _accept(self) -> None:
@@ -4061,7 +4062,7 @@ class Host(Record):
         self.agent.for_ever("accepting connections", self.server.accept)
 
     def look(self) -> None:
-        """Listen anew if the socket's file was removed: nobody could reach us."""
+        """Listen anew if the file of the socket was removed, since clients cannot connect any more."""
         if not self.agent.leaving and not os.path.lexists(self.path):
             try:
                 with listen(self._at_end, self.path, self.mode, self.group, None, again=True) as new:
@@ -4071,7 +4072,7 @@ class Host(Record):
                 self.agent.log.say(f"{self.path} was removed: {error}", 0)
 
     def stop_units(self, loop: Loop, everything: bool) -> None:
-        """Have supervisors end what runs on, or all that they run, within GRACE; a signal leaves them no more time."""
+        """Stop the commands that run on, or all, within GRACE, or at once if a signal comes."""
         stop = self.agent.stop_units(everything, GRACE)
         if stop:
             self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
@@ -4082,7 +4083,7 @@ class Host(Record):
             self.agent.log.say(f"still running: {some_names([row.unit for row in stop.result['left']])}", 0)
 
     def __exit__(self, *error: object) -> None:
-        """Tell who waits that it is over; remove the files."""
+        """Answer all clients that wait, and remove the files."""
         self.agent.stop()
         if self.timeline:
             with self.agent.lock:
@@ -4092,7 +4093,7 @@ class Host(Record):
 
 
 def serve(host: Host, background: bool = False) -> None:
-    """Be an agent until a signal. Raises Refused."""
+    """Run an agent until a signal comes. Raises Refused."""
     ready = detach() if background else -1
     with host:
         loop = Loop(STOPS)
@@ -4113,7 +4114,7 @@ def serve(host: Host, background: bool = False) -> None:
 
 
 def serve_command(host: Host, command: list[str]) -> int:
-    """Be an agent for the life of a command, then end what its units have left; return its exit status.
+    """Run an agent and a command, then stop what its units have left running; return the exit status of the command.
 
     Raises Refused, CommandError.
     """
@@ -4129,7 +4130,7 @@ def serve_command(host: Host, command: list[str]) -> int:
 
 
 def connection_limit(raise_it: bool) -> int:
-    """Return how many connections the limit of descriptors leaves room for; raise it first if nobody else is here."""
+    """Return how many connections the limit of file descriptors allows; with `raise_it`, raise the limit first."""
     import resource
 
     each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
