@@ -7273,7 +7273,7 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="", TMPDIR=".")
     options = ["--grace", "100ms", "--socket-path", agent.path, "--log-dir", "logs"]
     endless, _ = os.pipe()
-    patch = "coder_sync.LOOK_EVERY = 600"
+    patch = "coder_sync.CHECK_EVERY = 600"
     boot = Boot(agent, files, *options, stdin=endless, patch=patch, encoding="utf-8")
     until(lambda: agent.client.list() and agent.status("m") == "pending", "m claimed, which waits for disk")
     agent.end("disk")
@@ -7300,7 +7300,7 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
 def test_other_terminals_can_ask_while_it_boots(world: World, gate: Gate, call: Call) -> None:
     early = Gate(world, "early")
     files = {"10-a.sh": "cat gate", "b": "@want a", "z": "cat early &"}
-    boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.LOOK_EVERY = 600")
+    boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.CHECK_EVERY = 600")
     gate.reached(), early.reached()
     until(lambda: world.status("z") == "completed")
     pid = next(pid for pid in boot.scripts() if os.getpgid(pid) == pid)
@@ -7377,7 +7377,7 @@ def test_what_goes_on_behind_its_unit_is_heard_and_looked_after_until_it_ends(wo
     files = {"a": text, "b": "(cat daemon; echo from the daemon; printf 'its end') &\necho script", "d": "cat last"}
     files["c"] = "@want a b\necho c"
     with open(world.directory / "out", "wb") as out:
-        boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.LOOK_EVERY = 0.1", stdout=out)
+        boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.CHECK_EVERY = 0.1", stdout=out)
     early.reached(), daemon.reached(), last.reached()
     until(lambda: "c | c" in read_lines(world.directory / "out"))
     until(lambda: world.client.graph().nodes[0].running_on, "a service that is known to run on")
@@ -7582,7 +7582,7 @@ def test_what_was_there_before_the_command_is_no_sign_that_it_is_ready(world: Wo
 def test_who_waits_for_a_service_is_told_what_it_lacks(agent: World, call: Call) -> None:
     code = agent.directory / "code"
     code.write_text("exit 3")
-    often = "coder_sync.TELL_EVERY = 0.1"
+    often = "coder_sync.ERROR_EVERY = 0.1"
     Boot(agent, {"cache": f"@ready . {code}\nsleep 60"}, patch=often)
     run = agent.spawn(altered(often, "run", "db", "--ready", f". {code}", "--", "sleep", "60"))
     for name in ("cache", "db"):
@@ -8629,16 +8629,31 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
     assert read_lines(world.directory / "n") == ["n"]
 
 
-def test_an_agent_that_answered_while_boot_was_held_up_itself_has_not_gone() -> None:
+@pytest.mark.parametrize("ready", ["", "@ready file:up\n"], ids=["script", "service"])
+def test_what_completes_and_is_refused_is_ended_and_has_failed_for_good(world: World, gate: Gate, ready: str) -> None:
+    agent = PlayedAgent(world, f"{ready}@retry 1 0\n: > up; cat gate")
+    if not ready:
+        gate.open()
+    agent.answers(agent.asked("complete"), error={"code": 1, "message": "refused"})
+    failed = agent.asked("fail")
+    assert failed["params"]["reason"] == "refused"
+    agent.answers(failed, result={})
+    agent.tells("failed")
+    agent.answers(agent.asked("graph"), result={"now": 0, "nodes": []})
+    agent.boot.ends(1, "", "failed: a (refused); ")
+
+
+def test_an_agent_that_answered_while_boot_was_held_up_itself_is_not_lost() -> None:
     ours, theirs = socket.socketpair()
-    gone: list[Any] = []
-    link = coder_sync.Link(coder_sync.Loop(), print, gone.append, lambda: 1.0)
+    lost: list[Any] = []
+    link = coder_sync.Link(coder_sync.Loop(), print, lost.append, lambda: 1.0)
     link.open(coder_sync.Channel("", sock=ours))
-    for answer in (b'{"jsonrpc": "2.0", "id": %d, "result": {}}\n', b""):
-        link.ask("ping")
-        theirs.sendall(answer and answer % json.loads(theirs.recv(1000))["id"])
-        link.keep_time(time.monotonic() + 1000)
-        assert len(gone) == (answer == b"")
+    link.request("ping")
+    theirs.sendall(b'{"jsonrpc": "2.0", "id": %d, "result": {}}\n' % json.loads(theirs.recv(1000))["id"])
+    link.keep_time(time.monotonic() + 1000)
+    assert not lost, "it is asked again"
+    link.keep_time(time.monotonic() + 2000)
+    assert len(lost) == 1
 
 
 @pytest.mark.parametrize(
