@@ -2344,7 +2344,7 @@ class Units:
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
-        (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, requires), ())])
+        (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), ())])
         self._settle_all(unit)
         return unit
 
@@ -2992,7 +2992,7 @@ class Units:
         if owner is None or not unit.may_run():
             return owner
         alive = self.alive(owner)
-        if alive is False and unit.status == STARTED and unit.supervisor():  # which is to try again, or to report
+        if alive is False and unit.status == STARTED and unit.supervisor():  # it tries again, or reports the end
             alive = None
         return Owner(owner.pid, owner.command, alive, owner.born)
 
@@ -3025,39 +3025,38 @@ class Units:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Agent. Units behind one lock, a thread a connection.
+# Agent. Units behind one lock, and a thread for each connection.
 #
-# What keeps it safe:
-# - Units is touched only under `Agent.lock`; nothing is written to a socket or a log while it is held.
-# - Only a connection's own thread reads from and writes to its socket, and it blocks for SEND_TIMEOUT at most.
-#   Whoever makes a claim's answer known, whatever the thread, leaves it in the outbox of the claim's connection
-#   and wakes that connection's thread, both under the lock.
-# - A thread that waits is in `poll`, on its socket and on its wake-up descriptor, until the next time at which it has
-#   to look at one of its claims. So the end of a client is seen at once, and all its claims end in one step.
-# - A claim is answered once: Units answers it, or its connection's end, its time or `stop` ends it, under the lock.
-# - A follower of events reads the history from where it was; it has no queue of its own.
+# - Units is used only under `Agent.lock`; nothing is written to a socket or a log while the lock is held.
+# - Only the thread of a connection reads from its socket and writes to it, and blocks for SEND_TIMEOUT at most. Any
+#   other thread puts messages into the outbox of the connection and wakes its thread, both under the lock.
+# - A thread that waits polls its socket and its wake-up descriptor, until something is due for one of its claims. So
+#   the end of a client is noticed at once, and all its claims end in one step.
+# - A claim is answered once. The answer counts as delivered when it was sent; if the client has asked for `confirm`,
+#   when it says that it has the answer, and CONFIRM_TIMEOUT later all the same.
+# - A follower of events reads them from the history; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
 
 import io  # noqa: E402  (os has loaded both)
 import stat  # noqa: E402
 
 MAX_CONNECTIONS = 4096
-MAX_QUEUE = 200_000  # lines of the log on their way out
+MAX_QUEUE = 200_000  # lines of the log that are not written yet
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
-REPLACE_TIMEOUT = GRACE + 4.0  # seconds, for an agent to end that stops its services first
+REPLACE_TIMEOUT = GRACE + 4.0  # seconds that an agent has to stop its services and end
 MANY_CLAIMS = 10_000  # of one connection
-MAX_BOOT = 64 << 20  # bytes of a boot, in all its parts
+MAX_BOOT = 64 << 20  # bytes of all requests of a boot
 ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
-SEND_TIMEOUT = 10  # seconds for which a peer may read nothing of what it is sent
-LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is still there
+SEND_TIMEOUT = 10  # seconds for which a peer may read nothing that is sent to it
+LOOK_AGAIN = 5.0  # seconds between two checks that the agent's socket still exists
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
-CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
-PAUSE = 0.02  # seconds for which a follower's thread gathers events, so that it does not hold up others
-STACK = 256 * 1024
-ELSEWHERE = "elsewhere"  # the birth of a process of another process namespace: its pid says nothing here
+CONFIRM_TIMEOUT = 5  # seconds
+PAUSE = 0.02  # seconds for which a follower's thread gathers events, so that it does not delay others
+STACK = 256 * 1024  # bytes, of a thread
+ELSEWHERE = "elsewhere"  # `born` of a process in another process namespace, whose pid means nothing here
 NO_ENVIRONMENT: dict[str, str] = {}
 
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a parameter -> its name, its test
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
@@ -3070,7 +3069,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a metho
 
 
 def parameters(method: Any) -> dict[str, tuple[str, bool]]:
-    """Return the parameters that `Agent.do_...` declares for its method: name -> (kind, whether it is required)."""
+    """Return the parameters of a method `Agent.do_...`: name -> (kind, whether it is required)."""
     code = method.__code__
     names = code.co_varnames[2 : code.co_argcount]
     optional = names[len(names) - len(method.__defaults__ or ()) :]
@@ -3078,7 +3077,7 @@ def parameters(method: Any) -> dict[str, tuple[str, bool]]:
 
 
 def check_params(method: Any, params: Any) -> dict[str, Any]:
-    """Return the parameters for a method by name, else raise InvalidParams. A list is by position."""
+    """Return the parameters of a request, an object or a list, by name. Raises InvalidParams."""
     known = parameters(method)
     names = f"there are {', '.join(known) or 'none'}"
     given = dict(zip(known, params)) if isinstance(params, list) else params
@@ -3097,7 +3096,7 @@ def check_params(method: Any, params: Any) -> dict[str, Any]:
 
 
 def check_environment(env: dict[str, Any]) -> dict[str, str]:
-    """Return the variables that a command leaves for others if they are some, else raise Refused."""
+    """Return the environment variables in a request. Raises Refused if one of them cannot be one."""
     for name, value in env.items():
         if not is_variable(name):
             raise Refused(f"{ascii(name)[:60]} is no name for an environment variable: use letters, digits and _")
@@ -3107,43 +3106,43 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of logging's: no caller waits for it.
+    """The agent's log: lines with a time, written to standard error or a file by a thread, so that no caller waits.
 
-    What cannot be written is counted, and the next line says so.
+    Lines that cannot be written are counted, and the next line gives their number.
     """
 
     def __init__(self, level: int = 1, path: str = "") -> None:
-        """Open the file, if there is one. Raises OSError, or RuntimeError if there can be no thread."""
+        """Open the file, if there is one. Raises OSError, or RuntimeError if no thread can be started."""
         self.level, self.path, self.lost = level, path, 0
-        self._trouble, self._again = "", NEVER
-        self._listener: Any = self._begin() if level > 0 or path else None  # else it may never be needed
+        self._trouble, self._silent_until = "", 0.0
+        self._listener: Any = self._start() if level > 0 or path else None  # else there may never be a line
 
     def say(self, text: str, level: int = 1) -> None:
-        """Queue a line; level 0 is trouble, said once a minute, 1 is shown unless --quiet, 2 with --verbose."""
-        if level > self.level or (level == 0 and text == self._trouble and time.monotonic() < self._again):
+        """Queue a line: of level 0 for trouble, once a minute; 1, unless --quiet; 2, with --verbose."""
+        if level > self.level or (level == 0 and text == self._trouble and time.monotonic() < self._silent_until):
             return
         if level == 0:
-            self._trouble, self._again = text, time.monotonic() + 60
+            self._trouble, self._silent_until = text, time.monotonic() + 60
         try:
             from logging import makeLogRecord
 
-            self._listener = self._listener or self._begin()
+            self._listener = self._listener or self._start()
             if self._listener.queue.qsize() >= MAX_QUEUE:
                 raise BlockingIOError
-        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads
+        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads the log
             self.lost += 1
             return
         lost, self.lost = self.lost, 0
         line = (f"({lost} lines lost here) " if lost else "") + text
         self._listener.queue.put(makeLogRecord({"msg": line[:3900], "lost": lost}))  # a pipe takes 4096 bytes at once
 
-    def close(self, patience: float = 0.5) -> None:
-        """Write what is queued, for as long as `patience` seconds."""
+    def close(self, timeout: float = 0.5) -> None:
+        """Write the queued lines, for at most `timeout` seconds."""
         if self._listener:
             self._listener.enqueue_sentinel()
-            self._listener._thread.join(patience)
+            self._listener._thread.join(timeout)
 
-    def _begin(self) -> Any:
+    def _start(self) -> Any:
         import logging.handlers
         from queue import SimpleQueue
 
@@ -3152,7 +3151,7 @@ class Log:
         class Handler(logging.handlers.RotatingFileHandler):
             def _open(self) -> Any:
                 fd = 2
-                if log.path:  # of a pipe that has no reader this is an error
+                if log.path:  # a pipe that has no reader is an error
                     fd = os.open(log.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
                     os.set_blocking(fd, True)
                 return io.TextIOWrapper(io.FileIO(fd, "w", closefd=fd != 2), errors="backslashreplace")
@@ -3160,46 +3159,47 @@ class Log:
             def doRollover(self) -> None:
                 try:
                     super().doRollover()
-                except OSError:  # it can have no successor, and goes on
+                except OSError:  # the old file cannot be renamed, and is used on
                     pass
 
             def handleError(self, record: Any) -> None:
                 log.lost += 1 + record.lost
 
         handler = Handler(os.path.realpath(self.path), backupCount=1)
-        handler.maxBytes = MAX_LOG if os.path.isfile(self.path) else 0  # a pipe or a device has no successor
+        handler.maxBytes = MAX_LOG if os.path.isfile(self.path) else 0  # a pipe or a device is not rotated
         handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
-        thread = logging.handlers.QueueListener(SimpleQueue(), handler)
-        thread.start()
-        return thread
+        writer = logging.handlers.QueueListener(SimpleQueue(), handler)
+        writer.start()
+        return writer
 
 
 class Request:
-    """A request, the ticket of its claim if it becomes one; without an id it gets no answer, only notifications."""
+    """A request, and the ticket of the claims that it makes. Without an id it gets no answer, but notifications."""
 
     id: Any = None
-    confirm = False  # the client says itself that the answer has arrived
+    confirm = False  # the client confirms that it has the answer
     answered = False
-    look_at = NEVER  # when to say next what the claim lacks, or, once the answer was sent, to take it for arrived
+    report_at = NEVER  # when to send the next notification `waiting`
+    confirm_by = NEVER  # when the answer, which was sent, counts as delivered
 
     def __init__(self, connection: Connection, size: int) -> None:
         self.connection, self.size, self.since = connection, size, time.monotonic()
 
 
 class WakeUp:
-    """What wakes a thread that polls. Raises OSError if there is no descriptor left.
+    """A descriptor by which other threads wake a thread that polls. Raises OSError if none is left.
 
-    The thread sets `awake` to False, then looks for work, then sleeps: so no work that comes is missed.
+    The thread sets `awake` to False, then looks for work, then sleeps: so it misses no work.
     """
 
     awake = False
 
     def __init__(self) -> None:
         ends = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
-        self._ends = [io.FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
+        self._ends = [io.FileIO(fd, "r+") for fd in ends]  # closed by their destructor if no thread starts
 
     def close(self) -> None:
-        """Give the descriptors back; from now on nobody is woken."""
+        """Close the descriptors; from now on `wake` does nothing."""
         self.awake = True
         for end in self._ends:
             end.close()
@@ -3208,14 +3208,14 @@ class WakeUp:
         """Wake the thread, or keep it from going to sleep. Called under the agent's lock."""
         if not self.awake:
             self.awake = True
-            self._ends[-1].write((1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
+            self._ends[-1].write((1).to_bytes(8, sys.byteorder))  # for eventfd(2) a number; a pipe takes anything
 
-    def sleep(self, others: Iterable[int], seconds: float) -> set[int]:
-        """Wait until woken, or until some of `others` can be read, which are returned, or until the time is over."""
+    def sleep(self, fds: Iterable[int], seconds: float) -> set[int]:
+        """Wait for `wake`, for descriptors, or for at most `seconds`; return the descriptors that can be read."""
         from select import POLLIN, poll
 
         poller, end = poll(), self._ends[0]
-        for fd in (end.fileno(), *others):
+        for fd in (end.fileno(), *fds):
             poller.register(fd, POLLIN)
         ready = {fd for fd, _ in poller.poll(max(0, seconds) * 1000 + 1 if seconds < NEVER else None)}
         self.awake = True
@@ -3225,28 +3225,32 @@ class WakeUp:
 
 
 class Connection:
-    """One client and its thread. Others only append to `outbox` and wake it, under the agent's lock."""
+    """The connection to one client. Other threads than its own only call `post`."""
 
     def __init__(self, sock: Any, wake_up: WakeUp) -> None:
         from collections import deque
 
         self.sock, self.wake_up = sock, wake_up
-        self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, its answer), or (None, a message)
-        self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until its answer has arrived
-        self.claims: dict[Claim, None] = {}  # all that may not be over
-        self.members: list[Any] = []  # the units of a boot, of which more are to come
-        self.following = -1  # the number of the last event that it has, if it follows them
-        self.parts = 0  # bytes of `members`
-        self.idle_at = time.monotonic() + IDLE_TIMEOUT
-        self.gone = False  # the peer is, or what it sends is not read any more
+        self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, answer or Waiting), or (None, message)
+        self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until the answer is delivered
+        self.claims: dict[Claim, None] = {}  # claims that end with the connection; some may have ended already
+        self.members: list[Any] = []  # the first units of a boot, until the request with the last ones
+        self.members_size = 0  # bytes
+        self.following = -1  # the number of the last event that was sent, if the client follows them
+        self.active_at = time.monotonic()  # when the client was last heard or answered
+        self.gone = False  # nothing can be sent any more
+
+    def idle_at(self) -> float:
+        """Return when the connection will have been idle for too long, on the monotonic clock."""
+        return NEVER if self.claims or self.following >= 0 else self.active_at + IDLE_TIMEOUT
 
     def due(self) -> float:
-        """Return when the thread has something to do of itself, on the monotonic clock."""
-        idle_at = NEVER if self.claims or self.following >= 0 else self.idle_at
-        return min([idle_at, *(t for claim in self.open.values() for t in (claim.deadline, claim.ticket.look_at))])
+        """Return when the thread has something to do next, without being woken."""
+        requests = [(claim.deadline, claim.ticket.report_at, claim.ticket.confirm_by) for claim in self.open.values()]
+        return min(self.idle_at(), *map(min, requests)) if requests else self.idle_at()
 
     def send(self, data: bytes) -> None:
-        """Send; no more to a peer that has gone or reads nothing for SEND_TIMEOUT, but what it has sent is done."""
+        """Send data. A peer that has gone or does not read gets nothing more, but its requests are done."""
         left = memoryview(data)
         try:
             while left:
@@ -3256,20 +3260,20 @@ class Connection:
             if not of_peer(error):
                 raise
             try:
-                self.sock.shutdown(2)  # both ways: what it has sent has an end
+                self.sock.shutdown(2)  # both ways, so that no more is received
             except OSError:
                 pass
 
     def post(self, content: Any, claim: Claim | None = None) -> None:
-        """Leave something to be sent: a message, or the answer to a claim. Called under the agent's lock."""
+        """Put a message, or what a claim is answered, into the outbox. Called under the agent's lock."""
         if not self.gone:
             self.outbox.append((claim, content))
             self.wake_up.wake()
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
-        """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
+        """Return the peer, if it is to hold a unit, else the script that called it, or None if that is unknown.
 
-        `parent` is the script as the peer says, for systems on which we cannot find out.
+        `parent` is the pid of the script as the peer says, for systems without /proc.
         """
         pid = who_is_at(self.sock)[0]
         if pid and not hold:
@@ -3278,18 +3282,18 @@ class Connection:
 
 
 def of_peer(error: BaseException | None) -> bool:
-    """Return whether an error of a socket is its peer's, which has gone or does not read, and not our own."""
+    """Return whether a socket's peer caused an error, because it has gone or does not read."""
     late = isinstance(error, OSError) and error.errno is None  # Python 3.8: socket.timeout
     return late or isinstance(error, (ConnectionError, TimeoutError, BlockingIOError))
 
 
 def process(pid: int, command: str = "") -> Owner | None:
-    """Return a process as the owner of a unit, with its command if it is known; None for no process."""
+    """Return a process as the owner of a unit, or None for pid 0."""
     return Owner(pid, command or command_of(pid), None, birth(pid)) if pid > 0 else None
 
 
 class Agent:
-    """The daemon's state and its answers. What the protocol has as method M is `do_M` here."""
+    """The state of the daemon. Method M of the protocol is `do_M` here."""
 
     def __init__(self, log: Log) -> None:
         from threading import Lock, Thread
@@ -3300,13 +3304,13 @@ class Agent:
         self.connections: set[Connection] = set()
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
-        self.leaving = False  # nothing begins any more, since the agent is about to end
-        self.owners: dict[Claim, io.FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
+        self.leaving = False  # the agent is about to end, and takes no more claims
+        self.owners: dict[Claim, io.FileIO | None] = {}  # claim of a `start --pid` -> pidfd of the process, if any
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
-        """Do a step again and again, whatever goes wrong: the body of a thread."""
+        """Call `step` for ever, whatever goes wrong: the body of a thread. `doing` is for the log."""
         while True:
             try:
                 step()
@@ -3317,7 +3321,7 @@ class Agent:
     # -- a connection's thread ----------------------------------------------------------------------------
 
     def end(self, connection: Connection) -> None:
-        """End a connection and its claims: its peer has gone."""
+        """Close a connection and end its claims."""
         with self.lock:
             connection.gone = True
             self.followers.discard(connection)
@@ -3325,53 +3329,55 @@ class Agent:
                 self.connections.remove(connection)
                 self.units.end_claims(list(connection.claims), "its caller went away")
             for claim in connection.claims:
-                claim.ticket = None  # so that what a unit remembers of its last start does not keep the connection
+                claim.ticket = None  # a unit keeps its last claim, which is not to keep the connection
             connection.open.clear()
             connection.claims.clear()
             connection.wake_up.close()
         connection.sock.close()
 
     def converse(self, connection: Connection) -> None:
-        """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
+        """Read requests and write answers until the peer closes the connection, or sends a line that is not JSON."""
         sock, buffer = connection.sock, b""
         sock.settimeout(SEND_TIMEOUT)
         while True:
             connection.wake_up.awake = False
-            self._attend(connection)
+            self._do_due(connection)
+            self._flush(connection)
             if not connection.wake_up.sleep([sock.fileno()], connection.due() - time.monotonic()):
                 if connection.following >= 0:
                     time.sleep(PAUSE)
                 continue
             chunk = sock.recv(65536)
-            connection.idle_at = time.monotonic() + IDLE_TIMEOUT
+            connection.active_at = time.monotonic()
             *lines, buffer = (buffer + chunk).split(b"\n")
-            if not chunk or len(buffer) > MAX_LINE:  # a last line without its end, or one without any
+            if not chunk or len(buffer) > MAX_LINE:  # a last line without a newline, or one that is too long
                 lines, buffer = [*lines, buffer], b""
-            for line in lines:  # whatever becomes of the answers: what was received is done
+            for line in lines:  # even if the answers cannot be sent any more
                 if line.strip() and not self._line(connection, line):
                     return
             if not chunk:
                 return
 
-    def _attend(self, connection: Connection) -> None:
-        """Do what is due, and send what there is to say."""
-        now, due = time.monotonic(), connection.due()
-        if due <= now:
-            with self.lock:
-                self.units.end_late(list(connection.open.values()))
-                for claim in [claim for claim in connection.open.values() if claim.ticket.look_at <= now]:
-                    if claim.ticket.answered:
-                        self._arrived(claim)
-                    else:
-                        self._still_waiting(claim)
-        self._flush(connection)
-        if due <= now and due == connection.idle_at:
+    def _do_due(self, connection: Connection) -> None:
+        """End late claims, report what others lack, count answers as delivered. Raises TimeoutError if idle."""
+        now = time.monotonic()
+        if connection.due() > now:
+            return
+        with self.lock:
+            claims = [*connection.open.values()]
+            self.units.end_late(claims)
+            for claim in claims:
+                if claim.ticket.report_at <= now:
+                    self._report_waiting(claim)
+                if claim.ticket.confirm_by <= now:
+                    self._delivered(claim)
+        if connection.idle_at() <= now:
             error = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
             connection.send(encode(error_message(None, error)))
             raise TimeoutError
 
     def _line(self, connection: Connection, line: bytes) -> bool:
-        """Do one request and answer it; False if the rest of the stream cannot be trusted."""
+        """Do the request on a line and answer it; return False if the connection is to be closed."""
         request, trusted = Request(connection, len(line)), True
         try:
             result = self._call(request, line)
@@ -3379,7 +3385,7 @@ class Agent:
                 self._suggest(result.dependencies, result.unit_name)
                 if result.status == NOT_REGISTERED:
                     result.did_you_mean = self._resembling(result.unit_name)
-            if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
+            if result is not None and request.id is not None:  # else it is answered later, or not at all
                 connection.post({"id": request.id, "result": plain(result)})
         except SyncError as problem:
             error = problem
@@ -3418,25 +3424,24 @@ class Agent:
             return method(self, request, **params)
 
     def _flush(self, connection: Connection) -> None:
-        """Send what is in the outbox, and what a follower does not have yet."""
+        """Send the outbox, and then the new events to a follower."""
         while not connection.gone:
             batch = [connection.outbox[i] for i in range(min(len(connection.outbox), 200))]
-            events = [] if batch else self._unseen(connection)
-            messages = [self._message(claim, content) for claim, content in batch] or events
+            messages = [self._message(claim, content) for claim, content in batch] or self._new_events(connection)
             if not messages:
                 return
             connection.send(b"".join(map(encode, messages)))
-            for claim, content in batch:  # not before it is sent: `stop` waits for that
+            for claim, content in batch:  # `stop` waits until the outbox is empty, that is until all was sent
                 connection.outbox.popleft()
                 if claim and not connection.gone and not isinstance(content, Waiting):
                     with self.lock:
                         if claim.ticket.confirm and isinstance(content, dict):
-                            claim.ticket.look_at = time.monotonic() + CONFIRM_TIMEOUT
+                            claim.ticket.confirm_by = time.monotonic() + CONFIRM_TIMEOUT
                         else:
-                            self._arrived(claim)
+                            self._delivered(claim)
 
-    def _unseen(self, connection: Connection) -> list[dict[str, Any]]:
-        """Return the next events that a follower lacks; hang up if it is so far behind that they are forgotten."""
+    def _new_events(self, connection: Connection) -> list[dict[str, Any]]:
+        """Return the next notifications for a follower of events. Raises TimeoutError if they are forgotten."""
         if connection.following < 0:
             return []
         with self.lock:
@@ -3447,7 +3452,7 @@ class Agent:
         return [{"method": "event", "params": plain(event)} for event in events]
 
     def _message(self, claim: Claim | None, content: Any) -> Any:
-        """Return what to send: a message as it is, or what there is to say to a claim."""
+        """Return the message for an entry of the outbox. Without a claim it is one already."""
         if claim is None:
             return content
         if isinstance(content, Waiting):
@@ -3462,12 +3467,12 @@ class Agent:
         return {"id": claim.ticket.id, "result": plain(content)}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
-        """Note which registered name each unregistered one may mean."""
+        """Add to unregistered dependencies a registered name that resembles theirs."""
         for row in [row for row in rows if row.current_status == NOT_REGISTERED][:20]:
             row.did_you_mean = self._resembling(row.depends_on, asker)
 
     def _resembling(self, name: str, asker: str = "") -> str:
-        """Return the registered name that another one may mean: none that waits for it. Takes long."""
+        """Return a registered name that resembles another; none of a unit that depends on it. Takes long."""
         with self.lock:
             names = self.units.candidates([name, asker])
         return resembling(name, names)
@@ -3475,14 +3480,14 @@ class Agent:
     # -- under the lock -----------------------------------------------------------------------------------
 
     def _answer(self, claim: Claim, answer: Any) -> None:
-        """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
+        """Post a notification, or the answer to a claim: one, unless it is a boot's."""
         request = claim.ticket
-        if request is None:  # of who has gone, or of a stop of our own
+        if request is None:  # the connection is closed, or this is the agent's own stop
             return
         if isinstance(answer, Notice):
             request.connection.post(plain(answer))
         elif not request.answered:
-            request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
+            request.answered, request.report_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
 
     def _event(self, event: Event) -> None:
@@ -3492,23 +3497,23 @@ class Agent:
         for follower in self.followers:
             follower.wake_up.wake()
 
-    def _still_waiting(self, claim: Claim) -> None:
+    def _report_waiting(self, claim: Claim) -> None:
         request = claim.ticket
-        request.look_at += REPORT_EVERY
+        request.report_at += REPORT_EVERY
         missing = self.units.dependencies(claim.unit, unmet_only=True)
         request.connection.post(Waiting(missing, round(time.monotonic() - request.since, 3)), claim)
 
-    def _arrived(self, claim: Claim) -> None:
+    def _delivered(self, claim: Claim) -> None:
         connection = claim.ticket.connection
-        connection.idle_at = time.monotonic() + IDLE_TIMEOUT
-        if not claim.boot:  # which was answered long ago: its id may be in use again
+        connection.active_at = time.monotonic()
+        if not claim.boot:  # the request of a boot was answered before, so that its id may be in use again
             connection.open.pop(claim.ticket.id, None)
         self.units.delivered(claim)
-        # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
+        # A connection that holds a unit is not idle, even after others have ended that; a `start --pid` holds none.
         if not claim.held or not claim.unit.name or claim in self.owners:
             connection.claims.pop(claim, None)
 
-    # -- the methods of the protocol, under the lock: each returns its result, or None if the answer comes later --
+    # -- methods of the protocol, under the lock; each returns its result, or None if the answer comes later ------
 
     def do_ping(self, request: Request) -> Any:
         return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
@@ -3532,16 +3537,15 @@ class Agent:
         supervisor: bool = False,
         caller: int = 0,
     ) -> None:
-        """Claim a unit.
+        """Claim a unit. With `hold` the unit fails if the connection closes before the unit has ended.
 
-        With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
-        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`,
-        and by `unit` that others have ended the unit.
+        A `supervisor` holds it until its command has ended, too, which `exited` reports. It gets the notification
+        `stop` when it is to end the command, and `unit` when others have ended the unit.
         """
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
         owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
-        member = (unit, dict.fromkeys(dependencies, requires), locks)
+        member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
         by: dict[str, Any] = {"owner": owner, "held": held, "supervisor": supervisor}
         claim = self._expect(request, lambda: self.units.start(member, request, timeout, **by), progress)
         if pid and owner:
@@ -3551,7 +3555,7 @@ class Agent:
         claim = request.connection.open.get(id)
         confirmed = claim is not None and claim.ticket.answered
         if claim and confirmed:
-            self._arrived(claim)
+            self._delivered(claim)
         return {"confirmed": confirmed}
 
     def do_wait(
@@ -3567,12 +3571,12 @@ class Agent:
         self._expect(request, lambda: self.units.wait(units, request, requires, timeout), progress)
 
     def _expect(self, request: Request, ask: Callable[[], Claim], progress: bool = False) -> Claim:
-        """Return the claim that a request asks for, which is answered later or has just been."""
+        """Return the claim that `ask` makes, and keep it until it is answered. `progress` is for `waiting`."""
         if request.id is None:
             raise InvalidRequest('start, wait and stop need an "id"')
         self._may_begin()
         if progress:
-            request.look_at = request.since  # at once
+            request.report_at = request.since  # that is at once
         claim = request.connection.open[request.id] = ask()
         self._keep(request.connection, [claim])
         return claim
@@ -3582,7 +3586,7 @@ class Agent:
             raise Unreachable("the agent is shutting down")
 
     def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
-        """Have claims end with a connection; of one that has asked for much, forget those that are over."""
+        """Let claims end with a connection. Forget its old ones that are over, if there are many."""
         connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MANY_CLAIMS:
             connection.claims = {c: None for c in connection.claims if not c.is_over()}
@@ -3590,12 +3594,12 @@ class Agent:
     def do_boot(
         self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False, resume: bool = False
     ) -> Any:
-        """Claim all units, as their supervisor, or, with `more`, gather them. Of `resume` see Units.boot."""
+        """Claim all units as their supervisor. `more`: the boot goes on in a further request. See Units.boot."""
         self._may_begin()
         connection = request.connection
-        members, connection.members = connection.members, []  # after a refusal none of them is left
-        connection.parts = request.size + (connection.parts if members else 0)
-        if connection.parts > MAX_BOOT:
+        members, connection.members = connection.members, []  # forgotten after an error
+        connection.members_size = request.size + (connection.members_size if members else 0)
+        if connection.members_size > MAX_BOOT:
             raise Refused(f"a boot of more than {MAX_BOOT >> 20} MiB is too large")
         for row in units:
             name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
@@ -3614,7 +3618,7 @@ class Agent:
     def do_complete(
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
     ) -> Any:
-        """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
+        """End a unit with success. `running`: its command runs on until the supervisor calls `exited`."""
         return self._end(request, unit, caller, Outcome(COMPLETED, "", 0, "", running, check_environment(env)))
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
@@ -3622,19 +3626,19 @@ class Agent:
         return self._end(request, unit, caller, Outcome(FAILED, one_line(reason), exit_code or None))
 
     def _end(self, request: Request, unit: str, caller: int, outcome: Outcome) -> Any:
-        """End a unit. Who reports that matters only if somebody's start of it was refused."""
-        known = self.units.units.get(unit)
-        by = request.connection.caller(False, caller) if known and known.refused else None
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._claim_of(request, unit))}
+        """End a unit. The caller matters only if a start of the unit was refused."""
+        node = self.units.units.get(unit)
+        by = request.connection.caller(False, caller) if node and node.refused else None
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._last_claim(request, unit))}
 
-    def _claim_of(self, request: Request, unit: str) -> Claim | None:
-        """Return the claim on a unit that was granted last, if it is the connection's."""
-        known = self.units.units.get(unit)
-        return known.last if known and known.last in request.connection.claims else None
+    def _last_claim(self, request: Request, unit: str) -> Claim | None:
+        """Return the held claim on a unit that was granted last, if it is the connection's."""
+        node = self.units.units.get(unit)
+        return node.last if node and node.last in request.connection.claims else None
 
     def _held(self, request: Request, unit: str) -> Claim:
-        """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
-        claim = self._claim_of(request, unit)
+        """As `_last_claim`, but raise Refused if there is none."""
+        claim = self._last_claim(request, unit)
         if not claim:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
         return claim
@@ -3650,7 +3654,7 @@ class Agent:
         return {"unit": unit}
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
-        """Note what the last try of the probe of a unit lacked."""
+        """Note why the last try of the probe of a unit has failed."""
         self._held(request, unit).unit.facts.probe_error = one_line(error)
         return {"unit": unit}
 
@@ -3663,14 +3667,14 @@ class Agent:
         return {"unit": unit}
 
     def do_exited(self, request: Request, unit: str, reason: str = "", code: int = 0, stopped: bool = False) -> Any:
-        """End a supervisor's claim: the command has ended."""
+        """End a supervisor's claim, since the command has ended. See Units.exit."""
         self.units.exit(self._held(request, unit), one_line(reason), code, stopped)
         return {"unit": unit}
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
-        """Stop units and what depends on them, or all: see Units.stop. It goes on if the connection closes."""
+        """Stop units; this goes on if the connection closes. See Units.stop."""
         self._expect(request, lambda: self.units.stop(units, request, grace))
-        self._owners_wake.wake()  # who keeps time
+        self._owners_wake.wake()  # the owners' thread calls keep_time
 
     def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
         return {"units": self.units.reset(units)}
@@ -3689,7 +3693,7 @@ class Agent:
         return {"env": self.units.environment(unit)}
 
     def do_events(self, request: Request, since: int = 0, follow: bool = False) -> Any:
-        """Return what happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
+        """Return the events after number `since`. With `follow`, later ones are sent as notifications `event`."""
         if follow:
             request.connection.following = self.units.seq
             self.followers.add(request.connection)
@@ -3698,7 +3702,7 @@ class Agent:
     def do_shutdown(self, request: Request) -> Any:
         if not self.leaving:  # a second signal would leave services no time
             self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
-            os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
+            os.kill(os.getpid(), signal.SIGTERM)  # ends the process, whether it is an agent only or a boot, too
             self.leaving = True
         return {}
 
@@ -3706,12 +3710,12 @@ class Agent:
 
     @staticmethod
     def _knows_pids_of(connection: Connection) -> bool:
-        """Return whether a peer is in our process namespace, so that a pid that it tells is the same process here."""
+        """Return whether a peer is in our process namespace, so that a pid means the same process to both."""
         peer = who_is_at(connection.sock)[0]
         return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
-        """Return the process that is to own a unit. Raises Refused if there is none."""
+        """Return the process with a pid, as an owner. Raises Refused if there is none."""
         if not self._knows_pids_of(connection):
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
@@ -3726,7 +3730,7 @@ class Agent:
         return now == owner.born if owner.born else None
 
     def _watch(self, claim: Claim, owner: Owner) -> None:
-        """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
+        """Let the owners' thread end a claim when its process has ended. Called under the lock."""
         self.owners[claim] = None
         try:
             self.owners[claim] = io.FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
@@ -3735,10 +3739,7 @@ class Agent:
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        """Wait until an owner ends, or a stop is due to go on: a step of the owners' thread.
-
-        Where there is no pidfd it looks every second.
-        """
+        """Wait until an owner ends, or until Units.keep_time is due. Without a pidfd, check the owner each second."""
         self._owners_wake.awake = False
         with self.lock:
             self.owners = {claim: file for claim, file in self.owners.items() if not claim.is_over()}
@@ -3751,21 +3752,21 @@ class Agent:
         with self.lock:
             self.units.end_claims(gone, "the process that was to own it has ended")
 
-    # -- for whoever hosts it ------------------------------------------------------------------------------
+    # -- for the process that hosts the agent --------------------------------------------------------------
 
     def retire(self) -> bool:
-        """Take no more claims, unless a boot of somebody else has some; return whether none has."""
+        """Take no more claims, unless a boot still has claims; return whether none has."""
         with self.lock:
             claims = [claim for connection in self.connections for claim in connection.claims if claim.boot]
             self.leaving = self.leaving or all(claim.is_over() for claim in claims)
             return self.leaving
 
     def stop_units(self, everything: bool, grace: float) -> Stop | None:
-        """Begin to stop what runs on, or all that supervisors run; let nothing else begin. None if nothing runs."""
+        """Begin to stop commands that run on, or all that have a supervisor, and start none. None if there are none."""
         with self.lock:
             self._turn_away()
-            nodes = self.units.units.values()
-            names = [u.name for u in nodes if u.facts.running_on or (everything and u.supervisor())]
+            units = self.units.units.values()
+            names = [u.name for u in units if u.facts.running_on or (everything and u.supervisor())]
             if not names:
                 return None
             stop = self.units.stop([] if everything else names, None, grace)
@@ -3773,29 +3774,29 @@ class Agent:
         return stop
 
     def _turn_away(self) -> None:
-        """Answer everybody who waits that the agent is about to end. Called under the lock."""
+        """Take no more claims, and answer those that wait with Unreachable. Called under the lock."""
         self.leaving = True
         for claim in [claim for connection in self.connections for claim in connection.open.values()]:
             self._answer(claim, Unreachable("the agent is shutting down"))
 
     def stop(self) -> None:
-        """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
+        """Answer all claims that wait, and give the connections a second to send what is in their outboxes."""
         with self.lock:
             self._turn_away()
-            connections, self.connections = self.connections, set()  # whose ends change nothing any more
+            connections, self.connections = self.connections, set()  # when these close no claim ends
         deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
 
 
 METHODS = {name[3:]: method for name, method in vars(Agent).items() if name.startswith("do_")}
-QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # which change nothing
+QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # methods that change nothing
 
 
 def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) -> Any:
-    """Return a socketserver on a listening socket: each connection has a thread, and at most `most` are open at once.
+    """Return a socketserver on a listening socket, with a thread for each connection, and at most `most` of them.
 
-    What socketserver calls a request is a Connection here. `look` is called now and then, and after each of them.
+    The requests of socketserver are Connections here. `look` is called now and then, and after each new connection.
     """
     import _thread
     import socketserver
@@ -3822,7 +3823,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
             except OSError as error:
                 no_room(error)
                 time.sleep(0.05)  # do not spin
-                raise OSError from None  # for which socketserver looks again
+                raise OSError from None  # socketserver tries again
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
             if len(agent.connections) < most:
@@ -3836,7 +3837,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
         def process_request(self, request: Any, client_address: Any) -> None:
             with agent.lock:
                 agent.connections.add(request)
-            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
+            # Not threading.Thread: its start() waits for ever if there is no memory for the thread.
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
         def shutdown_request(self, request: Any) -> None:
@@ -3862,10 +3863,10 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
 def listen(
     at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], bool] | None, again: bool = False
 ) -> Any:
-    """Return a socket that listens at `path`; at the end it is removed, and PATH.lock. Raises Refused.
+    """Return a socket that listens at `path`. `at_end` will remove it, and PATH.lock. Raises Refused.
 
-    It and the directories that are missing (a /run is empty at every boot) are for us alone from their first moment,
-    until the socket gets its mode and, unless it is -1, its group. `again`: we have the lock already.
+    Missing directories (a /run is empty at every boot) are made. They, and the socket until it gets its mode and its
+    group (-1: none), are accessible to us only. `again`: we hold the lock already.
     """
     if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
         raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
@@ -3899,24 +3900,24 @@ END_IT = "end it with `shutdown`, take its place with `serve --replace`,"
 
 
 def in_the_way(what: str, do: str = "remove it") -> Refused:
-    """Return the error for what is at a path already."""
+    """Return the error for a path that is in use."""
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
 def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io.FileIO:
-    """Hold the lock of `path`, so that of two agents starting at once one wins; return its file.
+    """Lock the file `lock`, so that one agent at a time serves `path`; return the file.
 
-    Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
-    file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
-    now; then it begins again. What others may have put there is not written to.
+    Raises Refused if another process has locked it, or, if that is to be replaced, ask it to end, and remove the file
+    if it does not. Its holder removes the file, too: so start again if the file that was locked is not the one in the
+    directory. Never write to a file that others may have put there.
     """
     import fcntl
 
     deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
         late = replace and (not replace(path) or time.monotonic() > deadline)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody waits for the other end of a pipe
-        file = io.FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # do not wait for the other end of a pipe
+        file = io.FileIO(os.open(lock, flags, 0o600), "r+")  # closed by its destructor
         found = os.fstat(file.fileno())
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -3933,7 +3934,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
                 pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
-            if holder not in (0, found.st_mtime_ns):  # another has taken its place, and has the same time to end
+            if holder not in (0, found.st_mtime_ns):  # another agent has taken its place, and has as much time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
                 remove(lock, found)
@@ -3944,7 +3945,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
 
 
 def file_owner(path: str) -> str:
-    """Return whose a file is, for a message, if it is neither ours nor root's."""
+    """Return the owner of a file, for a message; nothing if that is root or us."""
     try:
         uid = os.lstat(path).st_uid
     except OSError:
@@ -3965,7 +3966,7 @@ def bind(path: str, replace: bool) -> Any:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(1)
             answer = errno.ECONNREFUSED if replace else probe.connect_ex(path)
-        if answer in (0, errno.EAGAIN):  # somebody takes connections, or is too busy to
+        if answer in (0, errno.EAGAIN):  # connections are accepted, or the backlog is full
             raise in_the_way(f"somebody is serving {path} already", END_IT)
         if answer != errno.ECONNREFUSED:
             raise OSError(answer, os.strerror(answer))
@@ -3976,7 +3977,7 @@ def bind(path: str, replace: bool) -> Any:
 
 
 def notify(state: str) -> None:
-    """Tell the supervisor; the protocol is that of sd_notify(3). That there is none is no error."""
+    """Send a state to the service manager that started us, if any, as sd_notify(3) does."""
     import socket
 
     address = getenv("NOTIFY_SOCKET")
@@ -3990,11 +3991,11 @@ def notify(state: str) -> None:
 
 
 def detach() -> int:
-    """Go on in a background process; return there a descriptor that wants a byte when it is ready.
+    """Go on in a background process; return a descriptor to which it writes a byte when it is ready.
 
-    The process that was called ends here: well when the other is ready, else as that does, which has said why.
+    The process that was called exits here: with 0 when the other is ready, or with the exit status of the other.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, waitpid has no exit status
     child, link = in_background()
     if child:
         code = 0 if os.read(link, 1) else exit_code_of(os.waitpid(child, 0)[1])
@@ -4008,7 +4009,7 @@ def detach() -> int:
 
 
 class Host(Record):
-    """An agent that listens at a path while a `with` block runs, and takes connections once `accept` is called."""
+    """An agent that listens at a path during a `with` block, and accepts connections from a call of `accept` on."""
 
     path: str  # absolute
     mode: int = 0o600
@@ -4016,10 +4017,10 @@ class Host(Record):
     level: int = 0  # of the log: 0 quiet, 1, 2 verbose
     log_file: str = ""
     pid_file: str = ""
-    replace: Callable[[str], bool] | None = None  # is called with the path while there is another agent
-    timeline: Callable[[Graph], None] | None = None  # is called with the graph at the end
-    alone: bool = False  # the process is nothing but the agent, so that its limit of descriptors may be raised
-    advice: str = ""  # for the log
+    replace: Callable[[str], bool] | None = None  # called with the path while there is another agent
+    timeline: Callable[[Graph], None] | None = None  # called with the graph at the end
+    alone: bool = False  # the process is an agent only, so that its limit of file descriptors may be raised
+    advice: str = ""  # a line for the log
 
     def __enter__(self) -> Host:
         """Listen. Raises Refused."""
@@ -4035,13 +4036,13 @@ class Host(Record):
                 at_end.callback(log.close)
                 if self.pid_file:
                     with open(open_file(self.pid_file, WRITE), "w", encoding="ascii") as file:
-                        if os.path.isfile(self.pid_file):  # and no device
+                        if os.path.isfile(self.pid_file):  # not a device
                             at_end.callback(remove, self.pid_file, os.fstat(file.fileno()))
                         file.write(f"{os.getpid()}\n")
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self.accepting = threading.Event()
-                threading.Thread(target=self._accept, daemon=True).start()  # while there is room for a thread
+                threading.Thread(target=self._accept, daemon=True).start()  # now, since it can fail
             except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
                 path = getattr(error, "filename", None) or self.pid_file
                 doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
@@ -4053,7 +4054,7 @@ class Host(Record):
         return self
 
     def accept(self) -> None:
-        """Begin to take connections."""
+        """Begin to accept connections."""
         self.accepting.set()
 
     def _accept(self) -> None:
@@ -4061,7 +4062,7 @@ class Host(Record):
         self.agent.for_ever("accepting connections", self.server.accept)
 
     def look(self) -> None:
-        """Listen anew if the socket's file was removed: nobody could reach us."""
+        """Listen anew if the file of the socket was removed, since clients cannot connect any more."""
         if not self.agent.leaving and not os.path.lexists(self.path):
             try:
                 with listen(self._at_end, self.path, self.mode, self.group, None, again=True) as new:
@@ -4071,7 +4072,7 @@ class Host(Record):
                 self.agent.log.say(f"{self.path} was removed: {error}", 0)
 
     def stop_units(self, loop: Loop, everything: bool) -> None:
-        """Have supervisors end what runs on, or all that they run, within GRACE; a signal leaves them no more time."""
+        """Stop the commands that run on, or all, within GRACE, or at once if a signal comes."""
         stop = self.agent.stop_units(everything, GRACE)
         if stop:
             self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
@@ -4082,7 +4083,7 @@ class Host(Record):
             self.agent.log.say(f"still running: {some_names([row.unit for row in stop.result['left']])}", 0)
 
     def __exit__(self, *error: object) -> None:
-        """Tell who waits that it is over; remove the files."""
+        """Answer all clients that wait, and remove the files."""
         self.agent.stop()
         if self.timeline:
             with self.agent.lock:
@@ -4092,7 +4093,7 @@ class Host(Record):
 
 
 def serve(host: Host, background: bool = False) -> None:
-    """Be an agent until a signal. Raises Refused."""
+    """Run an agent until a signal comes. Raises Refused."""
     ready = detach() if background else -1
     with host:
         loop = Loop(STOPS)
@@ -4113,7 +4114,7 @@ def serve(host: Host, background: bool = False) -> None:
 
 
 def serve_command(host: Host, command: list[str]) -> int:
-    """Be an agent for the life of a command, then end what its units have left; return its exit status.
+    """Run an agent and a command, then stop what its units have left running; return the exit status of the command.
 
     Raises Refused, CommandError.
     """
@@ -4129,7 +4130,7 @@ def serve_command(host: Host, command: list[str]) -> int:
 
 
 def connection_limit(raise_it: bool) -> int:
-    """Return how many connections the limit of descriptors leaves room for; raise it first if nobody else is here."""
+    """Return how many connections the limit of file descriptors allows; with `raise_it`, raise the limit first."""
     import resource
 
     each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
@@ -4818,13 +4819,13 @@ def sentence(unit: UnitStatus, now: float, its_obstacles: Mapping[str, str]) -> 
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Run. A unit's command: is it ready, what does it leave to others, its tries, its limits; then `run` and `wait`.
+# Run. A unit's command: its probe, its variables for other units, its tries and deadlines; then `run` and `wait`.
 # ----------------------------------------------------------------------------------------------------------
 
-# -- is it ready? ---------------------------------------------------------------------------------------------
-TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
-CHECK_TIMEOUT = 1.0  # seconds for the try before the command is run
-FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
+# -- probes -------------------------------------------------------------------------------------------------
+TRY_TIMEOUT = 5.0  # seconds for one try over a network; a command has no limit of its own
+CHECK_TIMEOUT = 1.0  # seconds for the check before the command is run
+FIRST_REPORT = 3.0  # seconds until the first message that a probe has not succeeded yet
 PROBE_FORMS = {  # when each succeeds
     "tcp:[HOST:]PORT": "the port accepts connections",
     "unix:PATH": "the socket accepts connections",
@@ -4837,9 +4838,9 @@ PROBES = ", ".join([*PROBE_FORMS][:4]) + ", or a command for `sh -c`"
 
 
 def address_of(text: str, port: int = 0) -> tuple[str, int]:
-    """Return host, empty for this machine, and port of `[HOST:]PORT`, or with a default port of `HOST[:PORT]`.
+    """Return the host and port of `[HOST:]PORT`, or of `HOST[:PORT]` if `port` is the default. No host: this machine.
 
-    Raises UsageError for what no host and no port can be.
+    Raises UsageError.
     """
     host, _, number = text.rpartition(":")
     if port and (":" not in text or text[-1:] == "]"):
@@ -4854,13 +4855,13 @@ def address_of(text: str, port: int = 0) -> tuple[str, int]:
 
 
 def shown_probe(text: str) -> str:
-    """Return a probe as a message may have it, in short."""
+    """Return a probe for a message: without password, and not too long."""
     text = one_line(without_password(text))
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 class Probe:
-    """What is to be tried, in parts. Raises UsageError for what can be known to be wrong without a try."""
+    """A probe in its parts. Raises UsageError if it is not valid."""
 
     def __init__(self, text: str) -> None:
         kind, colon, rest = text.partition(":")
@@ -4870,33 +4871,33 @@ class Probe:
         if "\0" in text:
             raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
         if self.kind == "tcp":
-            self.address = address_of(self.plain(rest.strip("/")))
+            self.address = address_of(self.literal(rest.strip("/")))
         elif self.kind == "http" and rest[:2] == "//" and text.isprintable() and " " not in text:
             authority, _, path = rest[2:].partition("/")
             who, _, host = authority.rpartition("@")
-            self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
+            self.address, self.path = address_of(self.literal(host), 80), "/" + path.partition("#")[0]
             self.header = f"Host: {host}\r\n"
             if who:
                 from base64 import b64encode
                 from urllib.parse import unquote_to_bytes
 
                 self.header += f"Authorization: Basic {b64encode(unquote_to_bytes(who)).decode()}\r\n"
-        elif not text or (self.kind in ("unix", "file") and not self.plain(rest)):
+        elif not text or (self.kind in ("unix", "file") and not self.literal(rest)):
             raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
         elif self.kind == "http" or (self.kind == "command" and kind.isalnum() and (colon or kind.isdecimal())):
             hint = f"; write a command: curl -fs {self.shown}" if text.startswith("https://") else ""
             hint = hint or "; use tcp:, unix:, http://, file:, notify or a command"
             raise UsageError(f"{ascii(self.shown)[:60]} is no probe{hint}")
 
-    def plain(self, text: str) -> str:
-        """Return a part in which nothing is left to a shell. Raises UsageError."""
+    def literal(self, text: str) -> str:
+        """Return a part of the probe. Raises UsageError if a shell would expand it."""
         if text[:1] == "~" or set(text) & set("$`*"):
             raise UsageError(f"{ascii(self.shown)[:60]}: nothing is expanded in it; write it out, or write a command")
         return text
 
 
 def connect(probe: Probe) -> Any:
-    """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    """Return a connected socket; without a host, try IPv6, then IPv4, of this machine. Raises OSError."""
     from socket import AF_UNIX, create_connection, socket
 
     host, port = probe.address
@@ -4914,7 +4915,7 @@ def connect(probe: Probe) -> Any:
 
 
 def http_status(sock: Any, probe: Probe) -> int:
-    """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
+    """Return the HTTP status of the answer, which must come within TRY_TIMEOUT in all. Raises OSError."""
     deadline, line = time.monotonic() + TRY_TIMEOUT, b""
     sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
     while b"\n" not in line and len(line) < 1024:
@@ -4927,7 +4928,7 @@ def http_status(sock: Any, probe: Probe) -> int:
 
 
 def listener(host: str, port: int) -> int:
-    """Return the process that listens at a port of this machine; 0 if that cannot be told."""
+    """Return the pid of the process that listens at a port of this machine; 0 if unknown."""
     ours = os.getpid()
     if host not in ("", "localhost", "127.0.0.1", "::1"):
         return 0
@@ -4937,13 +4938,13 @@ def listener(host: str, port: int) -> int:
         try:
             if any(os.readlink(entry.path) in found for entry in os.scandir(f"/proc/{pid}/fd")):
                 return int(pid)
-        except OSError:  # it has gone, or is not ours to look at
+        except OSError:  # it has ended, or we may not read it
             pass
     return 0
 
 
 def file_state(path: str) -> tuple[int, ...]:
-    """Return what changes when a file does, nothing if there is none."""
+    """Return values of a file that differ after any change; empty if there is no file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -4952,10 +4953,10 @@ def file_state(path: str) -> tuple[int, ...]:
 
 
 class Prober:
-    """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
+    """Tries a probe until it succeeds, or `once`, in a thread of its own; `fileno` is readable afterwards.
 
-    With `once`, it makes a single try. With `changed`, a file counts only if it has changed since. `error` says why the
-    last try failed. Raises OSError, RuntimeError.
+    With `changed`, a file counts only if it has changed since. `error` says why the last try failed, and is empty if it
+    succeeded. Raises OSError, RuntimeError.
     """
 
     def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
@@ -4964,7 +4965,7 @@ class Prober:
         self.error = "its first try has not ended"
         self.probe, self._env = Probe(text), env
         self._old = file_state(self.probe.path) if changed else ()
-        self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
+        self._peer = self._pid = 0  # pids: the listener at a Unix socket; the probe's command
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
         try:
@@ -4983,7 +4984,7 @@ class Prober:
         return not self.error
 
     def close(self) -> None:
-        """Make no more tries, and kill a command that is being tried, with all that it has started."""
+        """Make no more tries, and kill the probe's command with all its processes."""
         self._closed.set()
         with self._lock:
             if self._pid:
@@ -5027,9 +5028,9 @@ class Prober:
             return error_text(error)
 
     def _command(self) -> str:
-        """Run the probe's command, and end with KILL all that it leaves; return what is lacking.
+        """Run the probe's command, and kill what is left of its process group; return why it failed.
 
-        Its exit status comes through a pipe, since a Loop takes that of each child.
+        Its exit status comes through a pipe, since a Loop reaps all children.
         """
         command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self.probe.text]
         with open(null(), "rb", 0) as nothing:
@@ -5048,11 +5049,11 @@ class Prober:
         return "" if status == b"0" else exit_text(int(status))
 
 
-class Notified:
-    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it, by any process of the unit.
+class NotifySocket:
+    """A Prober for `notify`: it succeeds when a process sends READY=1 to the socket at `path`, as in sd_notify(3).
 
-    Only its path, which cannot be guessed, protects it, since a command may have become another user. It is to be
-    read until the command has ended: systemd-notify(1) sends a descriptor after READY=1, and fails unless it is taken.
+    Any user may send, since a command may change its user, but the path cannot be guessed. The socket must be read
+    until the command has ended: systemd-notify(1) sends a file descriptor after READY=1, and fails if it is not read.
     Raises OSError.
     """
 
@@ -5072,9 +5073,9 @@ class Notified:
         return self._sock.fileno()
 
     def ready(self) -> bool:
-        """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
+        """Read messages, and close file descriptors in them; return whether READY=1 was ever received."""
         if not self.error:
-            time.sleep(0.005)  # a sender without end is slowed down, not followed
+            time.sleep(0.005)  # slow down a process that sends without end
         try:
             for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
@@ -5084,21 +5085,21 @@ class Notified:
         return not self.error
 
     def close(self) -> None:
-        """Listen no more."""
+        """Close and remove the socket."""
         self._sock.close()
-        remove(self._path)  # unless the command did
+        remove(self._path)
 
 
-# -- what a command leaves to others ----------------------------------------------------------------------------
+# -- variables for other units ------------------------------------------------------------------------------
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
 NO_DIRECTORY = "$CODER_SYNC_ENV is empty: no directory for it can be written, not even /tmp or /dev/shm"
 
 
 def private_directory() -> str:
-    """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
+    """Create a directory that others can enter but not list; return its path, empty if none can be created."""
     for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
         path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
-        if len(os.fsencode(path)) <= 80:  # a socket can be in it
+        if len(os.fsencode(path)) <= 80:  # short enough for the path of a socket in it
             try:
                 os.mkdir(path)
                 os.chmod(path, 0o711)
@@ -5109,7 +5110,7 @@ def private_directory() -> str:
 
 
 def remove_directory(path: str) -> None:
-    """Remove a private directory with all that a command may have left in it."""
+    """Remove a private directory with all that is in it."""
     try:
         os.rmdir(path)
     except OSError:
@@ -5119,7 +5120,7 @@ def remove_directory(path: str) -> None:
 
 
 def exported(path: str) -> dict[str, str]:
-    """Return the lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
+    """Return the variables that a command has written to $CODER_SYNC_ENV. Raises Refused, without any value."""
     too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
         with open(open_file(path), "rb") as file:
@@ -5150,28 +5151,27 @@ PING_AFTER = 5.0  # seconds of silence
 
 
 class Link:
-    """A supervisor's connection to the agent, on which it does not wait for answers.
+    """A supervisor's connection to the agent, with a callback for the answer to each request.
 
-    Each request is answered exactly once: by the agent, or with an Unreachable once the agent is gone, after `gone` was
-    called with it. `news` is called with each notification. Calls come from `take` and `keep_time`, never from `ask`.
-    An agent that has left a request unanswered for `patience()` seconds is gone, which is found out by a ping now and
-    then, unless patience has no end.
+    Each request gets one answer: the agent's, or, when the agent is lost, Unreachable, after `gone` was called with
+    it. `notified` is called with each notification. `receive` and `keep_time` call back, but never `request`.
+    The agent is lost when it has left a request unanswered for `patience()` seconds. A silent agent is pinged.
     """
 
     def __init__(
-        self, loop: Loop, news: Callable[..., None], gone: Callable[..., object], patience: Callable[[], float]
+        self, loop: Loop, notified: Callable[..., None], gone: Callable[..., object], patience: Callable[[], float]
     ) -> None:
-        self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
+        self._loop, self._notified, self._gone, self._patience = loop, notified, gone, patience
         self._channel: Channel | None = None  # while there is an agent
-        self.asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
-        self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
-        self.lost = ""  # why the agent is gone
+        self.pending: dict[int, Callable[[Object], object]] = {}  # id of a request -> callback for its answer
+        self._since = 0.0  # when the last message came, or the first of the pending requests was sent
+        self.lost = ""  # why the agent is lost
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
         self._channel, self.lost = channel, ""
-        self.asked, self._since = {}, time.monotonic()
-        self._loop.watch(channel.fileno(), self.take)
+        self.pending, self._since = {}, time.monotonic()
+        self._loop.watch(channel.fileno(), self.receive)
 
     def close(self) -> None:
         """Stop using the connection."""
@@ -5179,60 +5179,60 @@ class Link:
             self._loop.forget(self._channel.fileno())
             self._channel = None
 
-    def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
-        """Send a request; `answered` is called with the message that has its result or error."""
-        request = min([0, *self.asked]) - 1  # unless it can be sent
-        if not self.asked:
+    def request(self, method: str, callback: Callable[[Object], object] = bool, **params: Any) -> None:
+        """Send a request; call `callback` with the message that has its result or error."""
+        number = min([0, *self.pending]) - 1  # if it cannot be sent
+        if not self.pending:
             self._since = time.monotonic()
         try:
             if self._channel and not self.lost:
-                request = self._channel.request(method, **params)
+                number = self._channel.request(method, **params)
         except Unreachable as error:
             self.lost = str(error)
-        self.asked[request] = answered
+        self.pending[number] = callback
 
-    def take(self) -> None:
-        """Handle what has been received."""
+    def receive(self) -> None:
+        """Handle the messages that have arrived."""
         try:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._since = time.monotonic()
                 if "method" in message:
-                    self._news(str(message["method"]), self._channel.news(message.get("params")))
-                elif message.get("id") in self.asked:
-                    self.asked.pop(message["id"])(message)
+                    self._notified(str(message["method"]), self._channel.news(message.get("params")))
+                elif message.get("id") in self.pending:
+                    self.pending.pop(message["id"])(message)
         except Unreachable as error:
             self.lost = str(error)
 
     def keep_time(self, now: float) -> float:
-        """Handle what has come; ping a silent agent, or take it for gone. Return when to call this again."""
-        self.take()
+        """Handle messages; ping a silent agent, or count it as lost. Return when to call this again."""
+        self.receive()
         if self._channel and now >= self._due():
-            if self.asked:
+            if self.pending:
                 self.lost = self.lost or self._channel._silence(self._patience())
             else:
-                self.ask("ping")
+                self.request("ping")
         if self.lost:
             error = Unreachable(self.lost)
             if self._channel:
                 self.close()
                 self._gone(error)
-            while self.asked:
-                self.asked.pop(next(iter(self.asked)))(error_message(None, error))
+            while self.pending:
+                self.pending.pop(next(iter(self.pending)))(error_message(None, error))
         return self._due()
 
     def _due(self) -> float:
         if not self._channel:
             return NEVER
         patience = self._patience()
-        return self._since + (patience if self.asked else min(PING_AFTER, patience))
+        return self._since + (patience if self.pending else min(PING_AFTER, patience))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
 LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked for
-LOOK_EVERY = 5.0  # seconds between two looks at what a successful command has left in the background
-LOOK_OFTEN = 0.05  # seconds between two looks at what is being ended
-TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
-LAST_WAIT = 2.0  # seconds after KILL for which a process may still be there
+CHECK_EVERY = 5.0  # seconds between two checks for processes that a successful command has left
+CHECK_OFTEN = 0.05  # seconds between two checks for processes that are being ended
+ERROR_EVERY = 1.0  # seconds between two reports of a probe's error to the agent
+LAST_WAIT = 2.0  # seconds after KILL in which a process must have ended
 
 WAITING = "waiting"  # for its first try, or the next one
 CHECKING = "checking"  # whether the probe succeeds already, before the command is run
@@ -5263,9 +5263,8 @@ class Limits(Record):
 class Task:
     """A unit's command: its tries, its probe, its deadlines, its end, and the reports about it. Base of Run and Job.
 
-    It is in one state at a time. `due` has what is to be done in this state, and when; another state has another `due`.
-    After `begin`, the Loop calls `probed` and `process_ended`, and the owner calls `keep_time`. The outcome of the unit
-    is reported once.
+    `due` has the actions of the present state, and their times; another state has another `due`. After `begin`, the
+    Loop calls `probed` and `process_ended`, and the subclass calls `keep_time`. The outcome is reported once.
     """
 
     own_session = False  # whether the command gets a session of its own
@@ -5273,25 +5272,25 @@ class Task:
 
     def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits) -> None:
         self.loop, self.link, self.unit, self.command, self.limits = loop, link, unit, command, limits
-        self.command_text, self.log = command_text(command), ""  # as the agent shows them; `log` is a path
+        self.command_text, self.log = command_text(command), ""  # for the agent; `log` is the path of its output
         self.env: dict[bytes, bytes] = {}
-        self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
+        self.env_path = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
-        self.status = 0  # that says more than `code`, if not 0
-        self.tries, self.began = 0, 0.0  # how many, and when the latest one began
-        self.prober: Prober | Notified | None = None
-        self.told = ""  # what the agent knows that its probe lacks
-        self.why = ""  # the latest try failed, or was ended
-        self.kill_at = 0.0  # while it is being ended
+        self.status = 0  # exit status for `run` instead of `code`, unless 0
+        self.tries, self.began = 0, 0.0  # how many tries, and when the latest one began
+        self.prober: Prober | NotifySocket | None = None
+        self.reported_error = ""  # of the probe, as the agent knows it
+        self.why = ""  # why the latest try failed, or was ended
+        self.kill_at = 0.0  # when to send KILL, in state ENDING
         self.stopped = ""  # why there will be no further try
         self.reported = ""  # outcome of the unit: COMPLETED or FAILED
-        self.runs_on = False  # the unit has its outcome, and the agent waits for `exited`
+        self.runs_on = False  # whether the unit has its outcome, and the agent waits for `exited`
 
     def use_directory(self, path: str) -> None:
-        """Choose paths in a private directory that nobody can guess; none without a directory."""
-        self.left, self.notify_path = (path and os.path.join(path, os.urandom(8).hex()) for _ in range(2))
+        """Choose paths in a private directory that cannot be guessed; empty ones without a directory."""
+        self.env_path, self.notify_path = (path and os.path.join(path, os.urandom(8).hex()) for _ in range(2))
 
     # -- hooks for subclasses
 
@@ -5306,8 +5305,8 @@ class Task:
         if detail:
             self.report("retry", detail=detail)
 
-    def to_be_tried_again(self, detail: str, delay: float) -> None:
-        """Say that there will be a further try."""
+    def announce_retry(self, detail: str, delay: float) -> None:
+        """Print that there will be a further try."""
 
     def warn(self, text: str) -> None:
         """Print a warning."""
@@ -5320,7 +5319,7 @@ class Task:
     # -- life cycle
 
     def enter(self, state: str, due: dict[Callable[[], None], float]) -> None:
-        """Change the state, and what is due."""
+        """Change the state and the actions that are due."""
         if state not in FOLLOW[self.state]:
             raise RuntimeError(f"{self.unit}: from {self.state} to {state}")
         self.state, self.due = state, due
@@ -5328,23 +5327,23 @@ class Task:
             self.close_prober()
 
     def lives(self) -> bool:
-        """Return whether something of it may run."""
+        """Return whether a process of the command may run."""
         return self.state in (RUNNING, READY, ENDING)
 
     def keep_time(self, now: float) -> None:
-        """Do what is due."""
+        """Call the actions that are due."""
         for action in [action for action, when in self.due.items() if now >= when]:
             if self.due.get(action, NEVER) <= now:  # unless an earlier action has changed that
                 del self.due[action]
                 action()
 
     def next_due(self) -> float:
-        """Return when something is next due."""
+        """Return when the next action is due."""
         return min(self.due.values()) if self.due else NEVER
 
     def begin(self) -> None:
-        """Begin a try: first of the probe, which must not succeed yet, then of the command."""
-        remove(self.left)
+        """Begin a try: check that the probe does not succeed yet, then run the command."""
+        remove(self.env_path)
         if self.limits.ready in ("", "notify") or self.limits.ready.startswith("file:"):
             self.run()
             return
@@ -5369,7 +5368,7 @@ class Task:
 
     def run(self) -> None:
         """Run the command and begin to probe it."""
-        detail = self.next_try() if self.tries else ""
+        detail = self.retry_text() if self.tries else ""
         try:
             if self.limits.ready:
                 self.probe()
@@ -5378,38 +5377,38 @@ class Task:
             self.not_begun(error)
             return
         self.loop.children[pid] = self.process_ended
-        self.family = Family(pid, self.own_session, self.left)
-        self.why, self.told, self.began = "", "", time.monotonic()
+        self.family = Family(pid, self.own_session, self.env_path)
+        self.why, self.reported_error, self.began = "", "", time.monotonic()
         self.tries += 1
         due = {self.time_is_up: self.limits.timeout or NEVER}
         if self.prober:
-            due.update({self.not_ready: self.limits.ready_timeout or NEVER, self.tell_error: TELL_EVERY})
+            due.update({self.not_ready: self.limits.ready_timeout or NEVER, self.report_error: ERROR_EVERY})
         self.enter(RUNNING, {action: self.began + seconds for action, seconds in due.items()})
         self.begun(detail)
 
     def environment(self) -> dict[bytes, bytes]:
         """Return the environment of the command."""
-        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
+        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.env_path}  # not those of a unit that we are in
         if self.limits.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         return environment(self.env, **added)
 
     def not_begun(self, error: Exception) -> None:
-        """Wait if the system's resources are short and something of ours will free some; else the try has failed."""
+        """Begin again soon if resources are short and children of ours will free some; else the try has failed."""
         wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
         if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
-            self.enter(WAITING, {self.begin: time.monotonic() + LOOK_OFTEN})
+            self.enter(WAITING, {self.begin: time.monotonic() + CHECK_OFTEN})
         else:
             self.tries += 1
-            self.tried()
+            self.try_failed()
 
     def probe(self, once: bool = False) -> None:
-        """Begin to probe, `once` before the command is run. Raises CommandError."""
+        """Begin to probe; `once` is for the check before the command is run. Raises CommandError."""
         try:
             if self.limits.ready == "notify":
-                self.prober = Notified(self.notify_path)
+                self.prober = NotifySocket(self.notify_path)
             else:
                 self.prober = Prober(self.limits.ready, self.environment(), once, changed=not once)
         except (OSError, RuntimeError) as error:  # no descriptor, thread or directory
@@ -5417,13 +5416,13 @@ class Task:
         self.loop.watch(self.prober.fileno(), self.checked if once else self.probed)
 
     def probed(self) -> None:
-        """Handle news of the prober."""
+        """Report that the unit has completed, if its probe has succeeded."""
         if self.prober and self.prober.ready() and self.waits_for_probe():
             self.close_prober(ended=False)
             self.complete()
 
     def waits_for_probe(self) -> bool:
-        """Return whether the unit completes when its probe succeeds, and not before."""
+        """Return whether the unit is to complete when its probe succeeds."""
         return self.state == RUNNING and self.limits.ready != "" and not self.reported
 
     def close_prober(self, ended: bool = True) -> None:
@@ -5433,28 +5432,29 @@ class Task:
             self.prober.close()
             self.prober = None
 
-    def tell_error(self) -> None:
-        """Tell the agent what the probe lacks, if that has changed."""
-        self.due[self.tell_error] = time.monotonic() + TELL_EVERY
-        if self.lack() not in ("", self.told):
-            self.told = self.lack()
-            self.link.ask("probing", unit=self.unit, error=self.told)
+    def report_error(self) -> None:
+        """Report the error of the probe, if it has changed."""
+        self.due[self.report_error] = time.monotonic() + ERROR_EVERY
+        if self.probe_error() not in ("", self.reported_error):
+            self.reported_error = self.probe_error()
+            self.link.request("probing", unit=self.unit, error=self.reported_error)
 
-    def lack(self) -> str:
-        """Return what the probe lacks; empty if nothing, or if nothing is probed."""
+    def probe_error(self) -> str:
+        """Return why the last try of the probe failed; empty if it succeeded, or nothing is probed."""
         return self.prober.error if self.prober else ""
 
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
         self.status = TimedOut.exit_code
-        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({self.lack()})")
+        probe = f"{shown_probe(self.limits.ready)} ({self.probe_error()})"
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {probe}")
 
     def time_is_up(self) -> None:
         """End the command, which takes too long."""
         self.end(f"timed out after {span(self.limits.timeout)}")
 
     def process_ended(self, code: int) -> None:
-        """Handle the end of the first process, with an exit status, -N for signal N."""
+        """Handle the end of the first process; its exit status is -N for signal N."""
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
@@ -5471,7 +5471,7 @@ class Task:
         if self.state == READY and not self.own_session and not self.limits.ready:
             self.due[self.gone] = 0.0  # `run` without a probe does not wait for what its command has left
         elif self.state == READY:
-            self.due[self.look] = 0.0 if self.runs_on else time.monotonic() + LOOK_EVERY
+            self.due[self.check_left] = 0.0 if self.runs_on else time.monotonic() + CHECK_EVERY
 
     def end(self, why: str, by: float = NEVER) -> None:
         """End all processes of the command until the time `by`, at most `grace` seconds from now.
@@ -5486,18 +5486,18 @@ class Task:
             return
         self.why, self.kill_at = why, by
         others_at = (now + by) / 2 if self.family.first else now
-        self.enter(ENDING, {self.tell_others: others_at, self.look: now})
+        self.enter(ENDING, {self.terminate_others: others_at, self.check_left: now})
         self.close_prober(ended=False)
-        self.family.scan(self.loop.processes)  # a process whose parent has ended is no longer known as its child
+        self.family.scan(self.loop.processes)  # while parents live, by which their children are found
         self.family.terminate_first()
 
-    def tell_others(self) -> None:
-        """Send TERM to the other processes."""
+    def terminate_others(self) -> None:
+        """Send TERM to all processes but the first."""
         self.family.scan(self.loop.processes)
         self.family.terminate_others()
 
-    def look(self) -> None:
-        """Look whether any process is left, and go on accordingly."""
+    def check_left(self) -> None:
+        """Check whether a process is left, and go on accordingly."""
         now = time.monotonic()
         if not self.family.scan(self.loop.processes):
             self.gone()
@@ -5506,43 +5506,43 @@ class Task:
             self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
             self.gone()
         elif self.state == ENDING:
-            self.due[self.look] = now + LOOK_OFTEN
+            self.due[self.check_left] = now + CHECK_OFTEN
             if now >= self.kill_at:
                 self.family.kill()
         elif not self.family.first:
-            self.due[self.look] = now + LOOK_EVERY
+            self.due[self.check_left] = now + CHECK_EVERY
             if not self.runs_on:
                 self.runs_on = True
                 self.report("running")
 
     def gone(self) -> None:
-        """Go on after the last process of a try has ended."""
+        """Handle the end of the last process of a try."""
         if not self.reported:
-            self.tried()
+            self.try_failed()
             return
         self.enter(GONE, {})
         if self.runs_on:
             self.exited()
 
     def exited(self) -> None:
-        """Report that the command has ended, after the unit has got its outcome."""
+        """Report that the command has ended, after the outcome of the unit."""
         code = shell_status(self.code) or (143 if self.why else 0)
         self.report("exited", reason=self.why, code=code, stopped=bool(self.stopped and self.why))
 
-    def tried(self) -> None:
-        """Try again after a failed try, or report the failure."""
+    def try_failed(self) -> None:
+        """Prepare the next try, or report that the unit has failed."""
         if self.tries <= self.limits.retries and not self.stopped:
             delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
             delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
             self.status = 0
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
-            self.to_be_tried_again(self.next_try(), delay)
+            self.announce_retry(self.retry_text(), delay)
         else:
             self.enter(GONE, {})
             self.fail(self.why)
 
-    def next_try(self) -> str:
-        """Return the number of the next try, and why there is one."""
+    def retry_text(self) -> str:
+        """Return which try is next, and why."""
         return f"try {self.tries + 1} of {self.limits.retries + 1} after {self.why}"
 
     def stop(self, why: str, by: float = NEVER) -> None:
@@ -5550,16 +5550,17 @@ class Task:
         self.stopped = why
         if self.state in (WAITING, CHECKING):
             self.enter(GONE, {})
-            self.fail(why)
-        elif self.state != GONE:
+        if self.state != GONE:
             self.end(why, by)
+        elif not self.reported:
+            self.fail(why)
 
     # -- reports
 
     def complete(self) -> None:
-        """Report that the unit has completed, and which variables it leaves to others."""
+        """Report that the unit has completed, with its variables for other units."""
         try:
-            env = exported(self.left)
+            env = exported(self.env_path)
         except Refused as error:
             self.end(str(error))
             return
@@ -5592,8 +5593,8 @@ class Task:
                 self.due[self.time_is_up] = min(time.monotonic() + self.grace, end_by)
 
     def report(self, method: str, **params: Any) -> None:
-        """Tell the agent."""
-        self.link.ask(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
+        """Send a report to the agent."""
+        self.link.request(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
 
 
 # -- the commands -------------------------------------------------------------------------------------------
@@ -5638,7 +5639,7 @@ class Run(Task):
 
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
-        link = Link(loop, self.news, bool, self.patience)
+        link = Link(loop, self.notified, bool, self.patience)
         times = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
         given = {name: seconds for name, seconds in times.items() if seconds is not None}
         limits = Limits(args.ready or "", retries=args.retry, **given)
@@ -5660,12 +5661,12 @@ class Run(Task):
                 now = time.monotonic()
                 self.keep_time(now)
                 due = self.link.keep_time(now)
-                if self.state == GONE and not self.link.asked:
+                if self.state == GONE and not self.link.pending:
                     return self.status or shell_status(self.code) or int(self.reported == FAILED)
                 for number in self.loop.turn(min(due, self.next_due())):
                     self.signalled(number)
         finally:
-            remove(self.left)
+            remove(self.env_path)
             remove_directory(self.directory)
 
     def patience(self) -> float:
@@ -5675,7 +5676,7 @@ class Run(Task):
         return STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
 
     def signalled(self, number: int) -> None:
-        """Pass a signal on to the command, unless a key has sent it to both; there will be no further try."""
+        """Pass a signal on to the command, unless a key has sent it there, too; there will be no further try."""
         self.stopped = "stopped"
         if self.state in (WAITING, CHECKING, GONE):
             self.status = 128 + number
@@ -5684,14 +5685,14 @@ class Run(Task):
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
-        else:  # its remaining processes are being ended
+        else:  # what is left of it is being ended
             self.end("", by=0.0)
 
-    def news(self, method: str, news: Answer) -> None:
-        """End the command if the agent says so; go on with it if others say that the unit is complete."""
-        if method == "stop" and news.unit == self.unit:
-            self.stop("stopped", time.monotonic() + news.grace)
-        elif method == "unit" and news.status == COMPLETED and not self.reported:
+    def notified(self, method: str, params: Answer) -> None:
+        """Handle a notification: stop, or go on as a service, since others have completed the unit."""
+        if method == "stop" and params.unit == self.unit:
+            self.stop("stopped", time.monotonic() + params.grace)
+        elif method == "unit" and params.status == COMPLETED and not self.reported:
             self.ended_by_others(COMPLETED)
 
     def begun(self, detail: str) -> None:
@@ -5700,13 +5701,13 @@ class Run(Task):
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
     def say_not_ready(self) -> None:
-        """Say what the probe lacks."""
+        """Print why the command is not ready yet."""
         now = time.monotonic()
         self.due[self.say_not_ready] = now + REPORT_EVERY
-        lacks = f"{shown_probe(self.limits.ready)} ({self.lack()})"
-        say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
+        probe = f"{shown_probe(self.limits.ready)} ({self.probe_error()})"
+        say(f"{self.unit}: not ready after {span(now - self.began)}: {probe}", 2, self.quiet)
 
-    def to_be_tried_again(self, detail: str, delay: float) -> None:
+    def announce_retry(self, detail: str, delay: float) -> None:
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
 
     def fail(self, reason: str) -> None:
@@ -5752,7 +5753,7 @@ def cmd_wait(args: Args) -> int:
 
 
 def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
-    """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
+    """Try probes until all have succeeded, a signal has come, or it is `end`; return the exit status."""
     from functools import partial
 
     loop, report_at = Loop((*STOPS, signal.SIGQUIT)), began + FIRST_REPORT
@@ -5762,20 +5763,20 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
             probers.append(Prober(probe, environment()))
             fd = probers[-1].fileno()
             loop.watch(fd, partial(loop.forget, fd))
-        while lacks := {shown_probe(text): prober.error for text, prober in zip(probes, probers) if prober.error}:
+        while errors := {shown_probe(text): prober.error for text, prober in zip(probes, probers) if prober.error}:
             now = time.monotonic()
             if now >= end:
-                rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
-                put(f"timeout waiting for {some_names([*lacks])}\n{rows}", 2)
+                rows = "".join(f"  {probe}: {error}\n" for probe, error in errors.items())
+                put(f"timeout waiting for {some_names([*errors])}\n{rows}", 2)
                 return TimedOut.exit_code
             if now >= report_at:
                 report_at = now + REPORT_EVERY
-                text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
+                text = "; ".join(f"{probe} ({error})" for probe, error in errors.items())
                 say(f"still waiting after {span(now - began)} for {text}", quiet=quiet)
             for number in loop.turn(min(end, report_at)):
                 return 128 + number
         return 0
-    finally:  # what is being tried does not outlive us
+    finally:  # commands of probes do not outlive us
         for prober in probers:
             prober.close()
         loop.give_back()
@@ -6369,7 +6370,8 @@ class Job(Task):
             unwrap(message)
         except SyncError as error:
             if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.fail(str(error))
+                self.reported = ""
+                self.stop(str(error))
             elif method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
                 self.set_outcome(self.reported, self.reason)
 
@@ -6438,7 +6440,7 @@ class Boot:
         self.link.open(channel)
         try:
             self.claim()
-            self.until(lambda: not self.unfinished and not self.link.asked and self.printed())
+            self.until(lambda: not self.unfinished and not self.link.pending and self.printed())
             return self.after_startup(self.finish())
         except BaseException:
             self.abandon()
@@ -6478,7 +6480,7 @@ class Boot:
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
         self.retire_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.asked))
+        return bool(needed or (self.host and self.link.pending))
 
     def printing(self) -> list[str]:
         """Return the units whose output is still open."""
@@ -6494,7 +6496,7 @@ class Boot:
             family.first = False  # nobody takes its exit status any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
-            time.sleep(LOOK_OFTEN)
+            time.sleep(CHECK_OFTEN)
             families = [family for family in families if family.scan(Processes)]
             for family in families if time.monotonic() >= kill_at else ():
                 family.kill()
@@ -6531,7 +6533,7 @@ class Boot:
         """Do what is due; return when something is next."""
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
-            self.link.ask("graph", lambda answer: self.say_progress(graph_in(answer)))
+            self.link.request("graph", lambda answer: self.say_progress(graph_in(answer)))
         for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
             job.keep_time(now)
             if job.state == GONE:
@@ -6584,11 +6586,11 @@ class Boot:
             row = {"unit": job.unit, "wants": wants, "locks": job.script.lock}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
-                self.link.ask("boot", unwrap, units=rows, jobs=jobs, more=True)
+                self.link.request("boot", unwrap, units=rows, jobs=jobs, more=True)
                 rows, size = [], 0
             rows.append(row)
             size += length
-        self.link.ask("boot", self.claim_answered, units=rows, jobs=jobs, more=False, resume=self.options.resume)
+        self.link.request("boot", self.claim_answered, units=rows, jobs=jobs, more=False, resume=self.options.resume)
 
     def claim_answered(self, answer: Object) -> None:
         """Handle the answer to our claim. Raises Refused, Unreachable."""
@@ -6665,7 +6667,7 @@ class Boot:
         for job in self.active.values():
             if job.running() and not job.outcome:
                 more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
-                more += [f"not ready: {job.lack()}"] if job.lack() else []
+                more += [f"not ready: {job.probe_error()}"] if job.probe_error() else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
@@ -6699,8 +6701,8 @@ class Boot:
         lost, graphs = self.link.lost, []  # type: tuple[str, list[Graph]]
         for job in self.active.values():
             if job.lives():
-                job.look()
-        self.link.ask("graph", lambda answer: graphs.append(graph_in(answer)))
+                job.check_left()
+        self.link.request("graph", lambda answer: graphs.append(graph_in(answer)))
         self.until(lambda: bool(graphs))
         self.out.clear()
         self.out.flush()
