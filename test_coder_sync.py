@@ -6955,7 +6955,7 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="", TMPDIR=".")
     options = ["--grace", "100ms", "--socket-path", agent.path, "--log-dir", "logs"]
     endless, _ = os.pipe()
-    patch = "coder_sync.LOOK_EVERY = 600"
+    patch = "coder_sync.CHECK_EVERY = 600"
     boot = Boot(agent, files, *options, stdin=endless, patch=patch, encoding="utf-8")
     until(lambda: agent.client.list() and agent.status("m") == "pending", "m claimed, which waits for disk")
     agent.end("disk")
@@ -6984,7 +6984,7 @@ def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
 ) -> None:
     early = Gate(world, "early")
     files = {"10-a.sh": "cat gate", "b": "@want a", "z": "cat early &"}
-    boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.LOOK_EVERY = 600")
+    boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.CHECK_EVERY = 600")
     gate.reached(), early.reached()
     until(lambda: world.status("z") == "completed")
     pid = next(pid for pid in boot.scripts() if os.getpgid(pid) == pid)
@@ -8483,15 +8483,15 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
     assert read_lines(world.directory / "n") == ["n"]
 
 
-@needs_proc
-def test_a_service_whose_completion_is_refused_has_failed_for_good(world: World, gate: Gate) -> None:
-    agent = PlayedAgent(world, "@ready file:up\n@retry 1 0\n: > up; cat gate; exit 3")
+@pytest.mark.parametrize("ready", ["", "@ready file:up\n"], ids=["script", "service"])
+def test_what_completes_and_is_refused_is_ended_and_has_failed_for_good(world: World, gate: Gate, ready: str) -> None:
+    agent = PlayedAgent(world, f"{ready}@retry 1 0\n: > up; cat gate")
+    if not ready:
+        gate.open()
     agent.refuses(agent.asked("complete"))
     failed = agent.asked("fail")
     assert failed["params"]["reason"] == "refused"
     agent.answers(failed, result={})
-    gate.open()
-    agent.answers(agent.asked("exited"), result={})
     agent.reports("failed", "refused")
     agent.boot.ends(1, "", "failed: a (refused); ")
 
