@@ -5993,17 +5993,16 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
             guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
             hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
-    for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
-        hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
-        if hint:
-            warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
-        if unit in by_name and edge.dependency in by_name:
-            wants = by_name[unit].want
-            if all(other.dependency != edge.dependency for other in wants):  # else the script has its own requirement
-                wants.append(edge)
+        missing = next((name for name in (unit, edge.dependency) if name not in by_name), "")
+        if missing:
+            hint = meant(resembling(missing, list(by_name)))
+            if hint:
+                warn(f'{edge.place}: no file provides "{missing}"{hint}')
+        elif edge.dependency not in [own.dependency for own in by_name[unit].want]:
+            by_name[unit].want.append(edge)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
         mistakes.append(f"{' '.join(paths)}: no executable files")
@@ -6322,7 +6321,7 @@ class Job(Task):
         self.stream = Stream(script.unit, boot.loop, boot.out)
         self.command_text = "/".join(script.path.split("/")[-2:])
         self.log = os.fsencode(self.stream.log_path).decode(errors="replace")
-        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
+        self.outcome, self.reason = "", ""  # of the unit
         self.died = False  # the command has failed after the unit had completed
 
     def running(self) -> bool:
