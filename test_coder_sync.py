@@ -4172,11 +4172,13 @@ def test_a_command_gets_the_whole_socket_path_with_an_agent_or_optionally_withou
     assert re.fullmatch("warning: a: runs without coordination: .*no such file.*\n", done.stderr)
 
 
+@LINUX
 def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) -> None:
     process, pid = held(agent, "a", "--ready", "file:never", "--ready-timeout", "300ms")
     until(lambda: agent.client.status("a").owner.pid == pid)
     agent.ok("complete", "a")
     until(lambda: agent.client.status("a").running_on)
+    until(lambda: len(os.listdir(f"/proc/{process.pid}/task")) == 1, "no thread that probes")
     time.sleep(0.4)  # for longer than it may take to become ready
     assert agent.status("a") == "completed" and process.poll() is None
     os.kill(pid, signal.SIGKILL)
