@@ -5348,7 +5348,6 @@ STARTUPS = {
         unit("misspelt", 0, wants=["b_setup", "zzz"]),
         unit("b-setup", registered=0),
     ),
-    "it has run for 29.9 s": startup_of(30.9, unit("a", 0, 1)),
     "it has run for 30 s": startup_of(31, unit("a", 0, 1)),
     "it was over long ago": startup_of(3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("idle")),
     "wide names": startup_of(
@@ -5552,11 +5551,7 @@ c M342.2 78V106; c M722.2 118V126; started 8.0,183 24.0x3; m 38.0,188 runs on as
 222.0,188 waits; l 376.0,181 24.0x6; m 406.0,188 waits for a lock; started 560.0,178 24.0x12; m 590.0,188 runs; t \
 744.0,176 2.0x16; m 774.0,188 another try; completed 8.0,198 24.0x12; m 38.0,208 completed; failed 192.0,198 24.0x12; \
 m 222.0,208 failed; completed k 376.0,198 24.0x12; m 406.0,208 on the critical path
-? why: services: tools, db, site
-"site" has not started: for 2m40s it has been waiting for "web".
-"web" started 1m00s ago, after waiting 1m40s; it is probing tcp:80 for 4.0s (no route) (try 2).
-    held up: site
-
+? why: services: tools, db
 "db" completed 2m20s ago after running 20s; started by postgres -D /data (pid 42) at once; its process runs on.
 "tools" completed 1m00s ago after running 40s in 2 tries; started after waiting 1m00s, last for apt-tools; its output \
 is in /logs/tools.log.
@@ -5584,14 +5579,8 @@ a; it is ready.
 no units yet
 ? why: good
 nothing waits, runs long or was skipped
-? why: it has run for 29.9 s
-nothing waits, runs long or was skipped
 ? why: it has run for 30 s
 "a" started 30s ago, after waiting 1.0s; it is still running.
-? why: odd ends: its dependency was never started
-"its dependency was never started" has not started: for 3m05s it has been waiting for "never started" (start).
-"never started" has not started: nobody has called start on it; it is ready.
-    held up: its dependency was never started
 ? why: odd ends
 "never started" has not started: nobody has called start on it; it is ready.
     held up: its dependency was never started
@@ -5631,33 +5620,12 @@ UNIT   STATUS   READY  AGE   WAITS FOR  REASON
 e\u0301tape  failed   true   3.0s             no disk
 b      started  true   12s
 tâche  pending  true   12s   b, lock x
-? list: services
-UNIT       STATUS     READY  AGE    WAITS FOR  REASON
-apt-base   completed  true   2m00s
-apt-tools  completed  true   1m40s
-clone      completed  true   2m00s
-db         completed  true   2m20s             runs on as postgres -D /data (pid 42)
-proxy      failed     true   1m20s             died 1m10s after it was ready: exit code 1
-gate       completed  true   2m39s             its process has ended
-ends       started    true   2m40s             being stopped
-cache      failed     true   1m00s             stopped
-q          failed     true   1m10s             lost: the boot that ran process 43 ended; that process may still run \
-(it does)
-tools      completed  true   1m00s
-ide        started    true   1m00s
-shell      pending    true   2m30s
-web        started    true   1m00s             probing tcp:80 for 4.0s (no route)
-site       pending    true   2m40s  web
-up         started    true   1m10s             probing file:up for 1m10s
 ? list: wide names: reason,waits_for, Unit
 REASON   WAITS FOR  UNIT
                     环境
 no disk             e\u0301tape
                     b
          b, lock x  tâche
-? list: it has run for 30 s
-UNIT  STATUS   READY  AGE
-a     started  true   30s
 ? list: nothing: unit
 no units yet
 ? status: all that status shows: alone
@@ -5738,83 +5706,25 @@ def test_the_axis_has_round_times() -> None:
 
 
 # -- what is true of any startup ----------------------------------------------------------------------------
-ODD_NAMES = [f"{i:02}-" + "script-" * 8 + "x" for i in range(3)] + ["环境准备-" * 10, "a" * 127 + "b" * 128, HOSTILE]
-
-
-def random_startup(dice: random.Random) -> Graph:
-    """Units that start as soon as they can; some fail, some run on, some have not ended at the time of the picture."""
-    now, units, ends = dice.choice([0.5, 30.0, 4000.0]), [], {}
-    names = [f"u{i}" for i in range(dice.randrange(20))] + dice.sample(ODD_NAMES, dice.randrange(6))
-    for name in dice.sample(names, len(names)):
-        wants = dice.sample(sorted(ends), min(len(ends), dice.randrange(4)))
-        asked, last = 0.0, max(wants, key=lambda w: ends[w], default="")
-        ready = max([asked, *(ends[w] for w in wants)])
-        started = ready + dice.choice([0, 0, 0, now / 50])  # a lock
-        ends[name] = ended = started + now * dice.choice([0, 1e-6, 0.1, dice.random()])
-        more: dict[str, Any] = {"ready": ready if ready <= now else None, "released_by": last if ready else ""}
-        how = dice.choice(["completed", "completed", "failed", "runs on", "died", "stopped", "wanted", "never"])
-        if how == "wanted":
-            units.append(unit(name, registered=dice.choice([0.0, now])))
-            ends[name] = now * 9
-        elif ready > now or started > now:
-            units.append(unit(name, asked, wants=wants, **more))
-        elif ended > now:
-            units.append(unit(name, asked, started, wants=wants, **more, probe=dice.choice(["", "tcp:80"])))
-        else:
-            more["tries"] = sorted(started + (ended - started) * dice.random() for _ in range(dice.choice([0, 0, 2])))
-            more["status"] = "completed" if how in ("completed", "runs on") else "failed"
-            more["running_on"] = how == "runs on"
-            if how in ("died", "stopped"):
-                more.update(exited=ended + (now - ended) * dice.random(), exit_reason=how, reason=f"{how} <&>")
-            units.append(unit(name, asked, started, ended, wants, **more))
-    return startup_of(now, *units)
-
-
-ANY = [*STARTUPS.values(), *(random_startup(random.Random(seed)) for seed in range(150))]
+LONG_NAMES = [*(f"{i:02}-" + "script-" * 8 + "x" for i in range(3)), "环境准备-" * 10, "a" * 127 + "b" * 128, HOSTILE]
+ODD = startup_of(
+    300.002,
+    *(
+        unit(name, 0, i * 60, i * 60 + 0.001, LONG_NAMES[:i], tries=[i * 60], running_on=i > 3)
+        for i, name in enumerate(LONG_NAMES)
+    ),
+)
+ANY = [*STARTUPS.values(), ODD]
 
 
 def test_a_timeline_fits_its_width_and_has_all_units_in_the_order_they_started() -> None:
-    for graph, unicode in itertools.product(ANY, (True, False)):
+    for graph, unicode, width in itertools.product(ANY, (True, False), (40, 47, 100, 400)):
         known = [u for u in graph.nodes if u.status != "not registered"]
-        started = [bar.unit.started for bar in coder_sync.Startup(graph).rows]
-        assert len(started) == len(known)
-        times = [t for t in started if t is not None]
-        assert started == sorted(times) + [None] * (len(known) - len(times))
-        for width in (40, 47, 100, 400):
-            lines = coder_sync.timeline_text(graph, width, unicode=unicode).splitlines()
-            widths = [coder_sync.text_width(line) for line in lines]
-            assert width - 8 <= max(widths) <= width or not known, (width, unicode)
-            assert len(lines) >= len(known) + 3 or not known
-
-
-def test_a_startup_whose_times_contradict_each_other_is_drawn() -> None:
-    never = UnitStatus("never", "not registered", False, started=1.0, ended=2.0)
-    for registered, now in ((1e14, 1), (-1e14, 1), (0, 1e14)):
-        units = (
-            unit("a", 9, 5, 3, ["never"], registered=registered, released_by="never"),
-            unit("b", 0, 1e9, wants=["a"]),
-        )
-        graph = startup_of(now, never, *units)
-        assert " a " in coder_sync.timeline_text(graph) and svg_of(graph).findtext("g/title")
-        assert coder_sync.blame_text(graph) and "a" in coder_sync.graph_mermaid(graph)
-
-
-def test_the_critical_path_leads_to_the_last_end_without_a_gap() -> None:
-    for graph in ANY[len(STARTUPS) :]:
-        startup = coder_sync.Startup(graph)
-        ran = [u for u in graph.nodes if u.started is not None]
-        ends = {u.unit_name: graph.now if u.ended is None else u.ended for u in ran}
-        path = [bar.unit for bar, _ in startup.path]
-        assert (not path) == (not ran)
-        if path:
-            assert ends[path[-1].unit_name] == max(ends.values())
-            assert path[0].wants == {} or not path[0].released_by
-        for before, after in zip(path, path[1:]):
-            assert before.unit_name in after.wants
-            assert ends[before.unit_name] == max(ends[name] for name in after.wants)
-        took = sum(share for _, share in startup.path)
-        locked = sum((u.started or 0) - (u.ready or 0) for u in path)
-        assert took + locked == pytest.approx(max(ends.values(), default=0.0))
+        started = [math.inf if bar.unit.started is None else bar.unit.started for bar in coder_sync.Startup(graph).rows]
+        assert started == sorted(started) and len(started) == len(known)
+        lines = coder_sync.timeline_text(graph, width, unicode=unicode).splitlines()
+        assert not known or width - 8 <= max(map(coder_sync.text_width, lines)) <= width, (width, unicode)
+        assert not known or len(lines) >= len(known) + 3
 
 
 def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
@@ -5824,16 +5734,9 @@ def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
     return x, y - 10, x + width, y + 3
 
 
-def test_the_svg_stands_alone_and_no_text_is_covered_or_cut_off() -> None:
+def test_no_text_of_an_svg_is_covered_or_cut_off() -> None:
     for graph in ANY:
         root = svg_of(graph)
-        assert {element.tag for element in root.iter()} <= {"svg", "title", "style", "g", "path", "rect", "text"}
-        names = {name for element in root.iter() for name in element.keys()}  # noqa: SIM118
-        assert names <= {"width", "height", "viewBox", "class", "x", "y", "d", "text-anchor"}
-        style = root.findtext("style") or ""
-        assert "url(" not in style and "@import" not in style and "@media(prefers-color-scheme:dark){" in style
-        used = {word for element in root.iter() for word in element.get("class", "").split()}
-        assert used <= set(re.findall(r"\.(\w+)", style)) | {"pending"}
         boxes = [(*box(text), True) for text in root.iter("text")]
         for bar in root.iter("rect"):
             x, y = number(bar, "x"), number(bar, "y")
@@ -5846,12 +5749,15 @@ def test_the_svg_stands_alone_and_no_text_is_covered_or_cut_off() -> None:
                 assert other[0] >= right or other[2] <= left or not (is_text or other[4]), (left, top, other)
 
 
-def test_the_svg_shows_a_millisecond_beside_five_minutes() -> None:
-    quick, slow = unit("quick", 0, 0, 0.001), unit("slow", 0.001, 0.001, 300.001, ["quick"])
-    graph = startup_of(300.002, quick, slow, unit("last", 300.001, 300.001, 300.002, ["slow"]))
-    bars = [bar for bar in svg_of(graph).findall("g/rect") if bar.get("class") == "completed k"]
-    assert [number(bar, "width") for bar in bars] == [2, 760, 2]
-    assert number(bars[2], "x") + 2 == number(bars[1], "x") + 760
+def test_an_svg_stands_alone() -> None:
+    root = svg_of(STARTUPS["services"])
+    assert {element.tag for element in root.iter()} == {"svg", "title", "style", "g", "path", "rect", "text"}
+    names = {name for element in root.iter() for name in element.keys()}  # noqa: SIM118
+    assert names == {"width", "height", "viewBox", "class", "x", "y", "d", "text-anchor"}
+    style = root.findtext("style") or ""
+    assert "url(" not in style and "@import" not in style and "@media(prefers-color-scheme:dark){" in style
+    used = {word for element in root.iter() for word in element.get("class", "").split()}
+    assert used <= set(re.findall(r"\.(\w+)", style)) | {"pending"}
 
 
 def test_a_graph_has_all_names_and_edges_whatever_the_names_are() -> None:
@@ -5859,9 +5765,6 @@ def test_a_graph_has_all_names_and_edges_whatever_the_names_are() -> None:
     for graph in ANY:
         edges = [(d, u.unit_name, r) for u in graph.nodes for d, r in u.wants.items()]
         path = [bar.name for bar, _ in coder_sync.Startup(graph).path]
-        data = coder_sync.graph_data(graph)
-        assert [(edge["depends_on"], edge["unit_name"], edge["requirement"]) for edge in data["edges"]] == edges
-
         text = coder_sync.graph_dot(graph)
         boxes = re.findall(rf'^  {string} \[fillcolor="#\w+", tooltip={string}([^"]*)\];$', text, re.M)
         drawn = [(re.sub(r"\\(.)", r"\1", name), "peripheries" in more) for name, _, more in boxes]
@@ -5899,33 +5802,24 @@ def test_the_timeline_as_json_has_times_since_the_first_sign() -> None:
     }
 
 
-def test_a_timeline_that_an_older_version_saved_is_compared() -> None:
+def test_a_timeline_that_an_older_version_saved_is_read() -> None:
     data = coder_sync.timeline_data(STARTUPS["broken"])
     keys = ("unit_name", "status", "reason", "registered", "waiting", "started", "ended", "released_by", "wants")
     old = {"seconds": data["seconds"], "units": [{key: row[key] for key in keys} for row in data["units"]]}
-    text = coder_sync.compare_text(coder_sync.read_timeline(json.dumps(old), "t.json"), saved(STARTUPS["broken"]))
-    assert text == coder_sync.compare_text(saved(STARTUPS["broken"]), saved(STARTUPS["broken"]))
-
-
-def damaged(*path: Any, value: Any) -> bytes:
-    """A saved timeline with one value replaced."""
-    data: Any = [coder_sync.timeline_data(STARTUPS["services"])]
-    place = functools.reduce(lambda place, key: place[key], (0, *path)[:-1], data)
-    place[(0, *path)[-1]] = value
-    return json.dumps(data[0]).encode()
+    assert coder_sync.read_timeline(json.dumps(old), "t.json").summary() == data["summary"]
 
 
 def test_what_is_no_saved_timeline_is_refused_in_a_line() -> None:
-    foreign = [b"", b"{", b"[]", b"7", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"seconds": 1}', b"<svg></svg>"]
-    foreign += [damaged(value=value) for value in (None, [], {}, "x")]
-    foreign += [damaged("seconds", value=value) for value in ("1", [], float("nan"), float("inf"), 10**400)]
-    foreign += [damaged("units", value=value) for value in (None, 5, [5], [[]], {"a": 1}, [{}])]
-    for key, value in itertools.product(("unit_name", "status", "started", "ended"), ([[]], {"x": 1}, True, -1e16)):
-        foreign.append(damaged("units", 3, key, value=value))
-    foreign += [damaged("units", 3, "started", value="1"), damaged("units", 3, "wants", value=["a"])]
-    for data in foreign:
+    foreign = [b"", b"[]", b"7", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"seconds": 1}', b"<svg></svg>"]
+    data = coder_sync.timeline_data(STARTUPS["services"])
+    for key, value in itertools.product(("seconds", "units"), (None, "1", [5], [{}], {"a": 1}, math.inf, 10**400)):
+        foreign.append(json.dumps({**data, key: value}).encode())
+    damage = itertools.product(("unit_name", "status", "started", "ended"), ([[]], {"x": 1}, True, -1e16))
+    for key, value in [*damage, ("started", "1"), ("wants", ["a"])]:
+        foreign.append(json.dumps({**data, "units": [*data["units"][1:], {**data["units"][0], key: value}]}).encode())
+    for text in foreign:
         with pytest.raises(UsageError, match=r"^t.json is not a timeline as `timeline -o json` prints it$"):
-            coder_sync.read_timeline(data, "t.json")
+            coder_sync.read_timeline(text, "t.json")
 
 
 # -- size -----------------------------------------------------------------------------------------------------
@@ -5958,16 +5852,12 @@ def test_why_goes_down_a_chain_to_its_end_and_names_not_too_many() -> None:
 def test_why_without_a_name_is_quick_and_short_for_a_thousand_units() -> None:
     names = [[f"{layer}.{i}" for i in range(100)] for layer in range(10)]
     layers = [unit(name, 0, wants=names[n - 1]) for n in range(1, 10) for name in names[n]]
-    pairs = [unit(f"task number {i}", 0, wants=[f"misspelt number {i}"]) for i in range(1000)]
-    for graph, count in (
-        (startup_of(99, *(unit(name, 0, 0) for name in names[0]), *layers), 22),
-        (startup_of(99, *pairs), 50 * 3 + 1),
-    ):
-        began = time.process_time()
-        lines = coder_sync.why_text(graph).splitlines()
-        assert time.process_time() - began < 2
-        assert len(lines) == count, lines[-1]
-    assert lines[-1] == "(950 more causes)"
+    began = time.process_time()
+    assert coder_sync.why_text(startup_of(99, *(unit(name, 0, 0) for name in names[0]), *layers)).count("\n") == 22
+    assert time.process_time() - began < 2
+    pairs = [unit(f"task number {i}", 0, wants=[f"misspelt number {i}"]) for i in range(100)]
+    lines = coder_sync.why_text(startup_of(99, *pairs)).splitlines()
+    assert len(lines) == 50 * 3 + 1 and lines[-1] == "(50 more causes)"
 
 
 # -- pictures of a real agent -------------------------------------------------------------------------------
@@ -6011,8 +5901,8 @@ def test_events_are_a_json_object_a_line(little: World, call: Call) -> None:
         "7 c registered, 8 c wants b, 9 c waiting b"
     )
     times = [e["time"] for e in events]
-    assert times == sorted(times)
-    assert abs(events[-1]["wall"] - time.time()) < PATIENCE
+    assert times == sorted(times) and abs(events[-1]["wall"] - time.time()) < PATIENCE
+    assert [e.seq for e in little.client.events(since=7)] == [8, 9]
 
 
 def test_events_are_followed_until_the_agent_ends_or_nobody_reads_them(world: World) -> None:
@@ -6029,16 +5919,6 @@ def test_events_are_followed_until_the_agent_ends_or_nobody_reads_them(world: Wo
     agent.terminate()
     done = finish(reads)
     assert (done.returncode, done.stdout, done.stderr[:7], done.stderr.count("\n")) == (3, "", "error: ", 1)
-
-
-def test_the_client_iterates_over_events(agent: World) -> None:
-    client = agent.client
-    client.want("b", "a")
-    assert [(e.seq, e.unit, e.kind) for e in client.events()] == [(1, "b", "registered"), (2, "b", "wants")]
-    assert [e.seq for e in client.events(since=1)] == [2]
-    following = client.events(follow=True, since=2)
-    client.start("a")
-    assert [(e.seq, e.kind) for e in itertools.islice(following, 2)] == [(3, "registered"), (4, "started")]
 
 
 def test_what_happens_while_a_follower_is_told_the_history_comes_after_it(agent: World) -> None:
@@ -6080,22 +5960,15 @@ def test_every_form_of_a_picture_while_units_run(little: World, call: Call) -> N
     assert call.ok(little, "graph", "c", "-o", "mermaid").count("> u") == 2
     data = json.loads(call.ok(little, "graph", "b", "-o", "json"))
     assert data["edges"] == [{"unit_name": "b", "depends_on": "a", "requirement": "success"}]
-    assert data["units"][1] == {"unit_name": "a", "status": "completed", "reason": "", "running_on": False}
-    assert len(data["units"]) == 2
+    assert data["units"][1:] == [{"unit_name": "a", "status": "completed", "reason": "", "running_on": False}]
     assert "nobody" in call(little, "graph", "nobody").stderr
     table = call.ok(little, "status", "c").split("\n\n")[-1].splitlines()
     assert [" ".join(line.split()[1:]) for line in table] == ["EVENT DETAIL", "registered", "wants b", "waiting b"]
-    assert re.fullmatch(r"\+[\d.]+m?s", table[-1].split()[0])
 
 
 def test_a_graph_that_no_agent_of_ours_has_is_refused_in_a_line(world: World, call: Call) -> None:
-    odd: list[Any] = [
-        {"status": "mad"},
-        {"wants": {"b": "success"}},
-        {"wants": {"a": 'start", URL="x'}},
-        {"tries": ["1"]},
-    ]
-    odd += [{key: value} for key in ("started", "ended") for value in (1e308 * 10, -1e308, 10**400, "1", True)]
+    odd: list[Any] = [{"status": "mad"}, {"wants": {"b": "success"}}, {"wants": {"a": 'start", URL="x'}}]
+    odd += [{"tries": ["1"]}, *({"started": value} for value in (1e308 * 10, 10**400, "1", True))]
     commands = ("why", "timeline", "timeline --blame", "timeline -o svg", "graph", "graph -o dot", "graph -o mermaid")
     for change, line in zip(odd, itertools.cycle(commands)):
         nodes = [{"unit_name": "a", "status": "started", "is_ready": True, **change}]
@@ -6129,26 +6002,15 @@ def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call
     process.kill()
     process.wait()
     play(call, agent, f"$ why a -> {how}that process is gone: it ended without complete.\n")
-    play(
-        call,
-        agent,
-        "$ list -c unit,reason ->\nUNIT  REASON\na     its process is gone\nb\n$ timeline ->\n...\n* a ...gone\n...\n",
-    )
-    play(call, agent, '$ why x -> "x" is not registered: nobody has called want, start or run on it.\n')
+    play(call, agent, "$ list -c unit,reason ->\nUNIT  REASON\na     its process is gone\nb\n")
 
 
 def test_the_agent_of_a_command_leaves_a_timeline_behind_or_says_why_not(world: World) -> None:
-    for path, said in (
-        ("no/such/dir.svg", "warning: cannot write the timeline to "),
-        ("t.txt", ""),
-        ("t.json", ""),
-        ("t.svg", ""),
-    ):
+    for path, said in (("no/such/dir.svg", "warning: cannot write the timeline to "), ("t.txt", ""), ("t.json", "")):
         done = world.shell(f"coder serve --timeline {path} -- coder run a -- false")
         assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == (said != "")
     text = (world.directory / "t.txt").read_text(encoding="utf-8")
     assert "\n* a " in text and "failed" in text
-    assert "1 failed" in (world.directory / "t.svg").read_text(encoding="utf-8")
     assert json.loads((world.directory / "t.json").read_bytes())["units"][0]["status"] == "failed"
 
 
