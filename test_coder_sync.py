@@ -1954,7 +1954,6 @@ COMPLETIONS = {
     "start a --want p": ["pip"],
     "start a --w": ["--want"],
     "list -o ": ["table", "json"],
-    "list --output=j": ["--output=json"],
     "want a b --requires ": ["success", "completion", "start"],
     "completion ": ["bash", "zsh"],
     "run pip --quiet -- a": [],
@@ -2017,7 +2016,6 @@ TYPED = {  # before the Tab, and after
     "start my": "start my\\ unit ",
     "start my\\ u": "start my\\ unit ",
     "start it": "start it\\'s\\ \\$\\(exit\\) ",
-    "list --output=j": "list --output=json ",
     "exp sync want pip ap": "exp sync want pip apt ",
     "boot /dev/nul": "boot /dev/null ",
 }
