@@ -1651,8 +1651,8 @@ def meant(guess: str, otherwise: str = "") -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Processes. What several sections need of the system: what standard output shows, who a process is, which descriptors
-# are open, signals, how a command is run, and which processes belong to it. Uses /proc where there is one of ours.
+# Processes. What several sections need of the system: the terminal, the identity of a process, file descriptors,
+# signals, how a command is run, and which processes belong to it. /proc is used if it shows our own pid namespace.
 # ----------------------------------------------------------------------------------------------------------
 
 import _signal as signal  # noqa: E402  (the package module wraps each number in an enum)
@@ -1660,7 +1660,7 @@ import os  # noqa: E402  (a plain call, which needs only what is above, does wit
 
 
 def terminal() -> tuple[int, bool, bool]:
-    """Return the width of standard output, whether it takes colour, and whether it shows more than ASCII."""
+    """Return the width of standard output, whether it takes colour, and whether it takes Unicode."""
     tty = os.isatty(1)
     try:
         width = os.get_terminal_size(1).columns
@@ -1673,7 +1673,7 @@ def terminal() -> tuple[int, bool, bool]:
 
 
 def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict[bytes, bytes]:
-    """Return the environment for a command: `base`, or else ours, with some more variables."""
+    """Return the environment for a command: `base` or ours, with the variables `extra`."""
     added = {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
     return {**(os.environb if base is None else base), **added}
 
@@ -1682,7 +1682,7 @@ def environment(base: dict[bytes, bytes] | None = None, /, **extra: str) -> dict
 
 
 def has_proc() -> bool:
-    """Return whether /proc is that of our own pid namespace; in any other, a pid of ours is another process."""
+    """Return whether /proc shows our own pid namespace; in any other, our pids belong to other processes."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -1698,14 +1698,14 @@ def proc_file(pid: int, name: str) -> str:
 
 
 def stat_of(pid: int) -> list[str]:
-    """Return what /proc/PID/stat has behind the name, from the third field of proc(5) on. Raises OSError."""
+    """Return the fields of /proc/PID/stat from the third on, which proc(5) calls `state`. Raises OSError."""
     return proc_file(pid, "stat").rpartition(")")[2].split()
 
 
 def birth(pid: int) -> str | None:
-    """Return when a process began, in the system's ticks, which tells it from a later one; empty if it has ended.
+    """Return the start time of a process in clock ticks, which identifies it with its pid; empty if it has ended.
 
-    None if that is not known: there is no /proc, or no descriptor left.
+    None if unknown: there is no /proc, or no file descriptor is left.
     """
     try:
         fields = stat_of(pid)
@@ -1715,26 +1715,26 @@ def birth(pid: int) -> str | None:
 
 
 def proc_text(pid: int, name: str) -> str:
-    """Return the text of /proc/PID/NAME, empty where there is none to be read."""
+    """Return the text of /proc/PID/NAME; empty if it cannot be read."""
     try:
         return proc_file(pid, name)
     except OSError:
         return ""
 
 
-def proc_line(pid: int, what: str, name: str = "status", end: str = "\n") -> str:
-    """Return the rest of the line of /proc/PID/NAME that begins with `what`, empty if there is none."""
+def proc_line(pid: int, prefix: str, name: str = "status", end: str = "\n") -> str:
+    """Return the rest of the line of /proc/PID/NAME that begins with `prefix`; empty if there is none."""
     lines = proc_text(pid, name).split(end)
-    return next((line[len(what) :].strip() for line in lines if line.startswith(what)), "")
+    return next((line[len(prefix) :].strip() for line in lines if line.startswith(prefix)), "")
 
 
 def command_of(pid: int) -> str:
-    """Return the command line of a process, short enough for a message; empty if unknown."""
+    """Return the command line of a process for a message; empty if unknown."""
     return command_text(proc_text(pid, "cmdline").rstrip("\0").split("\0")) or proc_line(pid, "Name:")
 
 
 def command_text(args: list[str]) -> str:
-    """Return a command line for a message."""
+    """Return a command line, short enough for a message."""
     if args[1:2] == ["-IS"]:  # our own executable form, installed or plain
         args = args[4:] if args[2:3] == ["-c"] else args[2:]
     names = [a if a[:1] == "-" or "://" in a else os.path.basename(a) or a for a in args[:2]]  # bash setup.sh
@@ -1743,27 +1743,24 @@ def command_text(args: list[str]) -> str:
 
 
 def without_password(text: str) -> str:
-    """Return a command line or a URL without the user and password in the first URL that there is."""
+    """Return a text with the user and password of the first URL in it replaced by asterisks."""
     scheme, found, rest = text.partition("://")
     authority, slash, path = rest.partition("/")
     _, at, host = authority.rpartition("@")
     return f"{scheme}{found}***@{host}{slash}{path}" if at else text
 
 
-# -- descriptors --------------------------------------------------------------------------------------------
+# -- file descriptors ---------------------------------------------------------------------------------------
 WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
 def open_file(path: str, flags: int = os.O_RDONLY) -> int:
-    """Open what somebody else has named. If it is no file but a fifo or a device, nobody waits for its other end.
-
-    Raises OSError.
-    """
+    """Open a file by a path that we do not control, without waiting if it is a FIFO or a device. Raises OSError."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
 
 
-def open_files() -> int:
-    """Return how many descriptors this process may have."""
+def max_descriptors() -> int:
+    """Return how many file descriptors this process may have."""
     import resource
 
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -1771,10 +1768,9 @@ def open_files() -> int:
 
 
 def in_background() -> tuple[int, int]:
-    """Fork, and return the pid of the background process (there 0) with a descriptor that leads to the other one.
+    """Fork a background process; return its pid (0 in it), and a socket that connects the two processes.
 
-    The background process has a session of its own, and of what was open only standard output and error.
-    Raises Refused.
+    It has a session of its own, and keeps no file descriptors but standard output and error. Raises Refused.
     """
     from _socket import socketpair
 
@@ -1782,42 +1778,42 @@ def in_background() -> tuple[int, int]:
         ours, theirs = socketpair()
         pid = os.fork()
     except OSError as error:
-        raise Refused(f"cannot go to the background: {trouble_of(error)}") from None
+        raise Refused(f"cannot go to the background: {error_text(error)}") from None
     if pid:
         theirs.close()
         return pid, ours.detach()
     ours.close()
-    signal.set_wakeup_fd(-1)  # those of the other process
+    signal.set_wakeup_fd(-1)  # a pipe of the other process
     os.setsid()
     os.dup2(null(), 0)
     front = theirs.detach()
     os.closerange(3, front)
-    os.closerange(front + 1, min(open_files(), 1 << 16))
+    os.closerange(front + 1, min(max_descriptors(), 1 << 16))
     return 0, front
 
 
-# -- signals, and a command's run -----------------------------------------------------------------------------
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # to an agent without a command
-PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # to one that has one, and to `run`
+# -- signals, and how a command is run------------------------------------------------------------------------
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # end an agent without a command
+PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # go to the command, if there is one
 
 
 def heeded(numbers: Iterable[int]) -> list[int]:
-    """Return signals without those that we were started to ignore, as by nohup(1); TERM is kept."""
+    """Return signals without those that our parent has set to be ignored, as nohup(1) does; TERM is kept."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class Processes:
-    """All living processes, as /proc shows them. Raises OSError unless all could be seen.
+    """All living processes, read from /proc. Raises OSError unless it could read all.
 
-    The mark of a process is the $CODER_SYNC_ENV it began with: no two units have the same one.
+    The mark of a process is the $CODER_SYNC_ENV with which it was started: each unit has its own.
     """
 
     def __init__(self) -> None:
-        self.births: dict[int, int] = {}  # pid -> when it began, in ticks
-        self.near: dict[Any, list[int]] = {}  # parent, group, session or mark -> pids
-        self.dead_groups: set[int] = set()  # process groups that have zombies
+        self.births: dict[int, int] = {}  # pid -> start time in clock ticks
+        self.related: dict[Any, list[int]] = {}  # parent, group, session or mark -> pids
+        self.zombie_groups: set[int] = set()  # process groups that have zombies
         ours, seen = int(stat_of(os.getpid())[19]), set()  # type: tuple[int, set[str]]
-        for _ in range(9):  # a process that has ended since it was listed may have begun another one
+        for _ in range(9):  # a process may have started another and ended since the listing
             new = {name for name in os.listdir("/proc") if name.isdigit()} - seen
             if sum(self._add(int(name), ours) for name in new) == len(new):
                 return
@@ -1831,137 +1827,136 @@ class Processes:
         except (FileNotFoundError, ProcessLookupError):
             return False
         if state in "ZX":
-            self.dead_groups.add(int(group))
+            self.zombie_groups.add(int(group))
             return False
         born = self.births[pid] = int(more[15])
         mark = proc_line(pid, "CODER_SYNC_ENV=", "environ", "\0") if born >= ours else ""
         for key in {int(parent), int(group), int(session), mark}:
-            self.near.setdefault(key, []).append(pid)
+            self.related.setdefault(key, []).append(pid)
         return True
 
 
 class Family:
-    """The processes of a command: its session or group if it has its own, its mark's, and all that descend from them.
+    """The processes of a command: the first one, its session or group, those with its mark, and all descendants.
 
-    Once seen, a process is known by its pid and its birth, also after its parent has ended. Without a /proc of ours,
-    only the first process and its group are known. No pid is signalled that may be another process's by now.
+    A process once found is remembered by its pid and start time, so that its parent may end. Without /proc, only the
+    first process and its group are known. No pid is signalled that may have been given to another process.
     """
 
-    def __init__(self, pid: int, own: bool, mark: str) -> None:
-        self.pid, self.own, self.mark = pid, own, mark  # of the first process; `own`: it leads a session or group
-        self.first = pid > 0  # the first process has not ended
-        self._known: dict[int, int] = {}  # pid -> birth, as of the last look
+    def __init__(self, pid: int, leads: bool, mark: str) -> None:
+        self.pid, self.leads, self.mark = pid, leads, mark  # of the first process; whether it leads a session or group
+        self.first = pid > 0  # whether the first process has not ended
+        self._known: dict[int, int] = {}  # pid -> start time, as of the last scan
 
-    def look(self, processes: Callable[[], Processes]) -> bool:
-        """Look who is left; return False only if certainly nobody is."""
+    def scan(self, processes: Callable[[], Processes]) -> bool:
+        """Find the processes that are left; return False only if there is certainly none."""
         try:
             alive = processes()
-        except FileNotFoundError:  # no /proc of ours
+        except FileNotFoundError:  # there is no /proc
             return self.first or self.has_group()
-        except OSError:  # no descriptor is left, or processes begin too fast
+        except OSError:  # no file descriptor is left, or processes begin too fast
             return True
-        self.own = self.own and (self.first or self.pid not in alive.births)  # else the pid is another process's
+        self.leads = self.leads and (self.first or self.pid not in alive.births)  # else it is another process's pid
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
-        todo += [self.pid] * (self.first or self.own)
-        todo += alive.near.get(self.mark, ()) if self.mark else ()
+        todo += [self.pid] * (self.first or self.leads)
+        todo += alive.related.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
             pid = todo.pop()
             if pid not in found:
                 found.add(pid)
-                todo += alive.near.get(pid, ())
+                todo += alive.related.get(pid, ())
         self._known = {pid: alive.births[pid] for pid in found if pid in alive.births}
-        missed = self.has_group() and self.pid not in alive.dead_groups
+        missed = self.has_group() and self.pid not in alive.zombie_groups
         return self.first or bool(self._known) or missed
 
     def has_group(self) -> bool:
         """Return whether its own group has members, zombies included."""
-        return self.own and signal_to(-self.pid, 0)
+        return self.leads and signal_to(-self.pid, 0)
 
-    def tell_first(self) -> None:
+    def terminate_first(self) -> None:
         """Send TERM to the first process, and CONT, since it may be stopped."""
         if self.first:
             signal_to(self.pid, signal.SIGTERM, signal.SIGCONT)
 
-    def left(self) -> list[int]:
-        """Return the pids of those known to be left."""
+    def pids(self) -> list[int]:
+        """Return the pids of the known processes that are left."""
         return [self.pid] * self.first + self._others()
 
     def _others(self) -> list[int]:
         others = [pid for pid in self._known if pid != self.pid or not self.first]
         return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
-    def tell_others(self) -> None:
-        """Send TERM to all but the first process."""
+    def terminate_others(self) -> None:
+        """Send TERM to all processes but the first."""
         for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
             signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
-        """Send KILL to all, to its own group in one step, in which no more can be begun."""
-        for pid in [-self.pid] * self.own + self.left():
+        """Send KILL to all processes; to the group in one step, in which it cannot start more."""
+        for pid in [-self.pid] * self.leads + self.pids():
             signal_to(pid, 9)
 
 
 class Loop:
-    """What the main thread waits for: signals, ends of children, descriptors, and a time.
+    """The event loop of the main thread: signals, ends of children, file descriptors, and a time.
 
-    Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with everything else:
-    so none is missed between two polls. Until `give_back`, signals have no other effect.
+    Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with the other file
+    descriptors: so no signal is missed between two polls. Until `give_back`, signals have no other effect.
     """
 
     def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
         self.numbers = heeded(numbers)
-        self.children: dict[int, Callable[[int], None]] = {}  # pid -> what takes its exit status
+        self.children: dict[int, Callable[[int], None]] = {}  # pid -> callback for its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._processes: Processes | None = None  # unless that was before the last turn
-        self._came, self._write = os.pipe()
-        os.set_blocking(self._came, False)
+        self._processes: Processes | None = None  # as of the present turn
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._poll = select.poll()
-        self._poll.register(self._came, select.POLLIN)
+        self._poll.register(self._read, select.POLLIN)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        # Our parent may have blocked some of them, or ignored SIGCHLD: then children would leave no exit status.
+        # Our parent may have blocked signals, or ignored SIGCHLD, so that children would leave no exit status.
         ours = [*self.numbers, signal.SIGCHLD]
         self._before = {n: signal.signal(n, lambda number, frame: None) or signal.SIG_DFL for n in ours}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
     def turn(self, due: float = NEVER) -> list[int]:
-        """Wait until something happens, or until a time; handle it. Return the signals that came."""
-        came, self._processes = b"", None
+        """Wait for events until the time `due`, and handle them; return the signals received."""
+        received, self._processes = b"", None
         for fd, _ in self._poll.poll(min(max(0.0, due - time.monotonic()), LONGEST_POLL) * 1000 + 1):
-            if fd == self._came:
-                came = os.read(fd, 4096)
-            elif fd in self._handlers:  # it may be gone since
+            if fd == self._read:
+                received = os.read(fd, 4096)
+            elif fd in self._handlers:  # else an earlier handler has removed it
                 self._handlers[fd]()
-        if signal.SIGCHLD in came:
+        if signal.SIGCHLD in received:
             self._reap()
-        return [n for n in came if n in self.numbers]
+        return [n for n in received if n in self.numbers]
 
     def processes(self) -> Processes:
-        """Return all living processes; between two turns, the same look serves all who ask. Raises OSError."""
+        """Return all living processes, read from /proc once a turn. Raises OSError."""
         self._processes = self._processes or Processes()
         return self._processes
 
     def watch(self, fd: int, handler: Callable[[], None], for_writing: bool = False) -> None:
-        """Call `handler` in each turn in which a descriptor can be read, or written to."""
+        """Call `handler` in each turn in which a file descriptor can be read, or written to."""
         import select
 
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLOUT if for_writing else select.POLLIN)
 
     def forget(self, *fds: int) -> None:
-        """Stop watching descriptors."""
+        """Stop watching file descriptors."""
         for fd in fds:
             if self._handlers.pop(fd, None):
                 self._poll.unregister(fd)
 
     def give_back(self) -> None:
-        """Let signals have their usual effect again, as needed before exec.
+        """Restore the handlers of signals, as needed before exec.
 
-        Raises SystemExit(128+N) if signal N has come that `turn` has not returned: so none is lost. The change of a
-        terminal's size ends nobody.
+        Raises SystemExit(128+N) if signal N, which is not SIGWINCH, was received after the last turn.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, self._before)  # a handler must not change while a signal waits for it
         for number, handler in self._before.items():
@@ -1969,13 +1964,13 @@ class Loop:
         signal.set_wakeup_fd(-1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         os.close(self._write)
-        with open(self._came, "rb") as pipe:
+        with open(self._read, "rb") as pipe:
             late = [n for n in pipe.read() or b"" if n in self.numbers and n != signal.SIGWINCH]
         if late:
             sys.exit(128 + late[0])
 
     def _reap(self) -> None:
-        """Take the exit statuses of all children, and of orphans if we are process 1. No other place calls waitpid."""
+        """Reap all children that have ended, and orphans if we are process 1. No other place calls waitpid."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -2014,7 +2009,7 @@ def spawn(command: list[str], env: dict[bytes, bytes], own_session: bool = False
 
 
 def in_path(program: str, path: bytes | None) -> str:
-    """Return where a program is in `path`; its name if that is our PATH, which is searched anyway. Raises OSError."""
+    """Return where a program is in `path`; its name if that is our PATH, which spawn searches. Raises OSError."""
     if path == os.environb.get(b"PATH") or not program or "/" in program:
         return program
     from shutil import which
@@ -2027,9 +2022,9 @@ def in_path(program: str, path: bytes | None) -> str:
 
 
 def supervise(loop: Loop, command: list[str], env: dict[bytes, bytes]) -> int:
-    """Run a command with our standard streams; return its exit status, as a shell has it. Raises CommandError.
+    """Run a command with our standard streams, pass signals on, and return its exit status, as a shell has it.
 
-    Signals are passed on to it, but those of keys, which the terminal sends it itself.
+    Signals of keys are not passed on: the terminal sends them to the command itself. Raises CommandError.
     """
     try:
         pid = spawn(command, env)
@@ -2049,18 +2044,18 @@ def exit_code_of(status: int) -> int:
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-def ending(code: int) -> str:
-    """Return what to say of an exit status that is not 0, -N for signal N."""
+def exit_text(code: int) -> str:
+    """Return an exit status that is not 0, or -N for signal N, in words."""
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def shell_status(code: int) -> int:
-    """Return an exit status as a shell has it, 128+N for signal N."""
+    """Return an exit status as a shell has it: 128+N for signal N, which is -N here."""
     return code if code >= 0 else 128 - code
 
 
-def trouble_of(error: Exception) -> str:
-    """Return what an error says, without its number."""
+def error_text(error: Exception) -> str:
+    """Return the message of an error, without its number."""
     return one_line(getattr(error, "strerror", None) or str(error))
 
 
@@ -2076,7 +2071,7 @@ def cannot_run(program: str, error: Exception) -> CommandError:
 
 
 def signal_to(pid: int, *numbers: int) -> bool:
-    """Signal a process, or a group by a negative number; return whether it is there, ours to signal or not."""
+    """Send signals to a process, or to group N if `pid` is -N; return whether it exists, even if not permitted."""
     try:
         for number in numbers:
             os.kill(pid, number)
@@ -2095,26 +2090,27 @@ def remove(path: str, only: os.stat_result | None = None) -> None:
 
 
 def is_variable(name: str) -> bool:
-    """Return whether a shell can have a variable of this name."""
+    """Return whether this is a valid name for a shell variable."""
     return name.isidentifier() and name.isascii()
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Units. The dependency graph and its rules. Pure: no sockets, no files, no sleeping; the clocks are passed in.
-# A caller that asks for a start or a wait hands in a ticket, any object, and has a claim from then on; whoever
-# makes it end has `answer` called, with it and its result or a SyncError. Not thread-safe: the agent holds one lock.
+# Not thread-safe: the agent holds one lock.
 #
-# A claim waits in the line of its unit, is granted, and ends. Its answer is on its way from the grant to
-# `delivered`; until then its rivals stay in line, so that one of them is granted if the answer finds nobody.
-# That of a supervisor lasts until the unit and its command have ended: a service has completed and runs on.
-# Invariant: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
+# A request to start a unit has a claim. It waits in the line of the unit, is granted, and ends in one of these methods:
+#     delivered       a plain claim, when the client has the answer; until then the other claims stay in line
+#     end             a held claim, when its unit has ended
+#     end, exit       a supervisor's claim, when its unit and the command have ended; the command of a service runs on
+#     end_claims      any claim, also in line, when its time is up, or its client or its process is gone
+# Invariants: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
 # of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started, or has
-# failed and its claim lasts; who runs on has a holder; what is in `stopping` has one, a supervisor.
+# failed and its claim lasts; a unit whose command runs on has a holder; a unit in `stopping` has one, a supervisor's.
 # ----------------------------------------------------------------------------------------------------------
 
 MEETS: dict[str, tuple[str, ...]] = {SUCCESS: (COMPLETED,), COMPLETION: ENDED, START: (STARTED, COMPLETED, FAILED)}
 
-# What a requirement cannot be met by any more:
+# The statuses in which a dependency cannot meet a requirement any more:
 HOPELESS: dict[str, tuple[str, ...]] = {SUCCESS: (FAILED, SKIPPED), COMPLETION: (), START: (SKIPPED,)}
 REQUIRED_STATUS: dict[str, str] = {SUCCESS: COMPLETED, COMPLETION: "ended", START: STARTED}  # as `status` shows it
 MAX_UNITS = 50_000
@@ -2123,12 +2119,12 @@ MAX_WAITS = 20_000
 MAX_EVENTS = 100_000
 MAX_LOCKS = 20  # of one unit
 MAX_HISTORY = 200  # events that `status` shows
-MAX_ENVIRONMENT = 100_000  # characters that all units leave; the system has a limit for what a command starts with
-TIMED_OUT = "timed out"  # why a claim ends
+MAX_ENVIRONMENT = 100_000  # characters of all variables that units leave; the system limits what a command starts with
+TIMED_OUT = "timed out"  # a reason to end a claim
 
 
 def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> dict[T, None]:
-    """Return nodes of a graph and those that they lead to, also through others, the nearest first."""
+    """Return nodes of a graph and all nodes that they lead to, the nearest first."""
     found = dict.fromkeys(starts)
     todo = [*found]
     for node in todo:
@@ -2139,23 +2135,23 @@ def reached(starts: Iterable[T], onward: Callable[[T], Iterable[T] | None]) -> d
 
 
 def in_order(starts: Iterable[Unit], wants: Callable[[Unit], Iterable[Unit]]) -> dict[Unit, None]:
-    """Return units and all that they depend on, also through others, dependencies first. Raises CycleError."""
+    """Return units and all units that they depend on, dependencies first. Raises CycleError."""
     done: dict[Unit, None] = {}
     for start in starts:
-        way = {start: iter(wants(start))}  # from there to where we are: no recursion, since chains may be long
-        while way:
-            unit, rest = next(reversed(way.items()))
+        path = {start: iter(wants(start))}  # from `start` to the current unit; no recursion, since chains may be long
+        while path:
+            unit, rest = next(reversed(path.items()))
             new = next((other for other in rest if other not in done), None)
             if new is None:
                 done[unit] = None
-                way.popitem()  # the unit; `del` would make long chains slow
-            elif new in way:
-                cycle = [*(unit.name for unit in way), new.name]
+                path.popitem()  # the unit; `del` would make long chains slow
+            elif new in path:
+                cycle = [*(unit.name for unit in path), new.name]
                 cycle = cycle[cycle.index(new.name) :]
                 own = "; a unit cannot depend on itself" if len(cycle) == 2 else ""
                 raise CycleError(f"cycle detected: {' -> '.join(cycle)}{own}", cycle)
             else:
-                way[new] = iter(wants(new))
+                path[new] = iter(wants(new))
     return done
 
 
@@ -2167,76 +2163,82 @@ def check_requirement(requires: str) -> str:
 
 
 class Unit:
-    """One node of the graph; only Units changes it. An anonymous unit (name "") is somebody's `wait` or `stop`."""
+    """A node of the graph, changed by Units only. A `wait` and a `stop` have a unit of their own, without a name."""
 
     def __init__(self, name: str, since: float = 0.0) -> None:
-        self.name, self.since = name, since  # in its status
-        self.status = NOT_REGISTERED
-        self.facts = object.__new__(UnitStatus)  # of the present run; what is not set takes no room
-        self.root = ""  # what failed in the first place, if it was skipped
+        self.name = name
+        self.status, self.since = NOT_REGISTERED, since  # and when it got this status
         self.wants: dict[Unit, str] = {}  # dependency -> requirement
         self.wanted_by: dict[Unit, str] = {}  # the same edges, seen from the other end
-        self.unmet = 0  # how many of `wants` are not met; kept by Units._link and _set
+        self.unmet = 0  # number of dependencies whose requirement is not met
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.last: Claim | None = None  # the held claim that was granted last, in the present run
         self.locks: tuple[Lock, ...] = ()  # that it has, or in whose lines it stands
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
+        self.forget_run()
+
+    def forget_run(self) -> None:
+        """Forget what is known of the present run."""
+        self.facts = object.__new__(UnitStatus)  # attributes that are not set have their defaults and take no memory
+        self.root = ""  # the first failure that caused the unit to be skipped
+        self.last: Claim | None = None  # the held claim that was granted last
+        self.lost = False  # that claim ended before the command did, as far as is known
+        self.owner_is_command = False  # the owner in `facts` is the command itself, as its supervisor has said
 
     def first(self) -> Claim | None:
-        """Return the claim that was granted, else the one that will be."""
+        """Return the claim that was granted, else the oldest in line."""
         return self.holder or next(iter(self.line), None)
 
     def is_taken(self) -> bool:
-        """Return whether one more start is refused; while an answer is on its way it may stand in line."""
+        """Return whether a further start is refused. While an answer is being delivered it may stand in line."""
         if self.status in ENDED:
             return self.holder is not None
         return self.status == STARTED and (self.holder is None or self.holder.delivered)
 
     def supervisor(self) -> Claim | None:
-        """Return the claim of the supervisor that runs its command."""
+        """Return the claim that was granted if it is a supervisor's."""
         return self.holder if self.holder and self.holder.supervisor else None
 
     def may_run(self) -> bool:
-        """Return whether its process may run: it was not seen to end."""
-        return self.status == STARTED or self.holder is not None or (self.last is not None and self.last.lost)
+        """Return whether its command may still run."""
+        return self.status == STARTED or self.holder is not None or self.lost
 
     def still_runs(self) -> str:
-        """Say that its command still runs, although it has ended."""
+        """Return the start of a message: the command still runs, although the unit has ended."""
         owner = self.facts.owner
         return f'unit "{self.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
 
     def lacks(self) -> Iterator[tuple[Unit, str | Lock]]:
-        """Iterate over what it lacks: dependencies, each with the requirement that it does not meet.
+        """Iterate over what keeps the unit from starting, as pairs.
 
-        Then itself, while the answer to an earlier start is on its way, and, if no dependency is unmet, the locks that
-        the first in line cannot have, each after the unit that is before it.
+        First a dependency and its requirement that is not met; then the unit itself and START, while the answer to an
+        earlier start is being delivered; then, if no dependency is unmet, a unit and the lock that it has.
         """
         if self.unmet:
             yield from ((d, requirement) for d, requirement in self.wants.items() if d.status not in MEETS[requirement])
-        if self.status == STARTED and self.line:  # who stands in line waits for what becomes of the start before
+        if self.status == STARTED and self.line:
             yield self, START
         for lock in () if self.unmet or not self.line else self.locks:
-            before = lock.before(self)
-            if before:
-                yield before, lock
+            blocker = lock.blocker(self)
+            if blocker:
+                yield blocker, lock
 
 
 class Lock:
-    """Places for units that are started, `limit` of them: one for a lock, N for the jobs of a boot (no name).
+    """A lock that one started unit can have at a time, or, without a name, the places for the `limit` jobs of a boot.
 
-    A lock goes to who has stood in its line longest, also if that waits for another lock, so that nobody waits for ever
-    behind those that need one lock only. A place of a boot goes to the first in line that lacks nothing else.
+    A lock is kept for the first unit in its line even while that waits for another lock: else a unit that needs two
+    might wait for ever. A place goes to the first unit in line that lacks nothing else.
     """
 
     def __init__(self, name: str, limit: int = 1) -> None:
         self.name, self.limit = name, limit
         self.label = f"lock {name}" if name else f"one of {limit} places to run"
-        self.taken: dict[Unit, None] = {}
+        self.taken: dict[Unit, None] = {}  # units that have it
         self.line: dict[Unit, None] = {}  # units that wait for nothing but locks, in the order they became ready
 
-    def before(self, unit: Unit) -> Unit | None:
-        """Return who keeps a unit from having it: a unit that has it, or, of a lock, is first in line."""
+    def blocker(self, unit: Unit) -> Unit | None:
+        """Return the unit that keeps `unit` from having the lock: one that has it, or stands before it in line."""
         if len(self.taken) >= self.limit:
             return next(iter(self.taken))
         first = next(iter(self.line), unit) if self.name else unit
@@ -2244,65 +2246,72 @@ class Lock:
 
 
 class Claim:
-    """A request to start a unit, or to wait.
-
-    A plain one lasts until it is answered, a held one until its unit has ended, and that of a supervisor until the
-    unit's command has ended too.
-    """
-
-    boot = False  # it is answered with every status of the unit, not once
-    runs = False  # its owner is the command itself, as its supervisor has said
-    delivered = False  # its answer has arrived
-    lost = False  # it ended without a word of what becomes of the command
-    deadline = NEVER
-    stop_by = tell_by = told = NEVER  # when to have ended the command, when to tell that at the latest, what was told
-    locks: tuple[str, ...] = ()
-    places: tuple[Lock, ...] = ()  # of its boot
+    """A request to start a unit, or to wait: a plain one, a held one, or a supervisor's, which is held, too."""
 
     def __init__(
-        self, unit: Unit, ticket: Any, owner: Owner | None = None, held: bool = False, supervisor: bool = False
+        self,
+        unit: Unit,
+        ticket: Any,  # any object of the caller's
+        owner: Owner | None = None,
+        held: bool = False,
+        supervisor: bool = False,
+        boot: bool = False,  # it is answered with each status of the unit, not once
+        deadline: float = NEVER,  # when to give up in line
+        locks: Sequence[str] = (),
+        places: tuple[Lock, ...] = (),  # the places to run of its boot
     ) -> None:
-        self.unit, self.ticket, self.owner = unit, ticket, owner
-        self.held, self.supervisor = held or supervisor, supervisor
+        self.unit, self.ticket, self.owner, self.held = unit, ticket, owner, held or supervisor
+        self.supervisor, self.boot, self.deadline = supervisor, boot, deadline
+        self.locks, self.places = locks, places
+        self.delivered = False  # the client has the answer
 
     def is_over(self) -> bool:
-        """Return whether it has ended."""
+        """Return whether the claim has ended."""
         return self not in self.unit.line and self.unit.holder is not self
 
 
+class Stop(Claim):
+    """A request to stop units: it waits, in the line of a nameless unit, for their commands to end."""
+
+    def __init__(self, ticket: Any, deadline: float, cannot: list[Running]) -> None:
+        super().__init__(Unit(""), ticket)
+        self.units: dict[Unit, None] = {}  # whose commands have not ended
+        self.end_by = deadline + STOP_PATIENCE  # when to answer with those that are left
+        self.result: dict[str, list[Any]] = {"stopped": [], "left": [], "cannot": cannot}
+
+
+class StopOrder(Record):
+    """The order to a supervisor to end the command of its unit, sent again if a further stop leaves less time."""
+
+    supervisor: Claim
+    deadline: float = NEVER
+    send_by: float = NEVER  # at the latest; before, when no unit that depends on this one is being stopped any more
+    sent: float = NEVER  # the deadline that was sent
+
+
 class Outcome(Record):
-    """What becomes of a unit."""
+    """The status that a unit gets, and more about it."""
 
     status: str
     reason: str = ""
     exit_code: int | None = None
-    event: str = ""  # what it is called, if not by the status: the word with which the reason begins
+    event: str = ""  # the kind of the event, if that is not the status; the reason begins with it
     running: bool = False  # whether the command runs on
-    env: dict[str, str] = {}  # variables for those that depend on it
+    env: dict[str, str] = {}  # variables for the units that depend on it
 
 
 class Notice(Record):
-    """What a supervisor is told: to `stop` the command of its unit, or that others have ended the `unit`."""
+    """A notification to a supervisor: `stop` the command of its unit, or: others have ended the `unit`."""
 
     method: str
     params: dict[str, Any]
 
 
-class Stop(Claim):
-    """A request to stop units, answered when all are gone, or with what is left some time after its deadline."""
-
-    def __init__(self, ticket: Any, deadline: float, cannot: list[Running]) -> None:
-        super().__init__(Unit(""), ticket)
-        self.units: dict[Unit, None] = {}  # that are to end
-        self.end_by = deadline + STOP_PATIENCE
-        self.answer: dict[str, list[Any]] = {"stopped": [], "left": [], "cannot": cannot}
-
-
 class Units:
     """The dependency graph: `want`, `start`, `wait`, `boot`, `end`, `stop`, and questions about it.
 
-    What callers may do changes statuses by `_set`, which notes whom that affects, and ends with `_settle_all`, which
-    looks at these. `alive` says whether an owner still runs (None: unknown); `tell` gets every event.
+    A method changes statuses by `_set`, which notes the units that this affects, and ends with `_settle_all`, which
+    settles these. `alive` returns whether an owner still runs (None: unknown).
     """
 
     def __init__(
@@ -2310,28 +2319,28 @@ class Units:
         clock: Callable[[], float],
         wall: Callable[[], float],
         alive: Callable[[Owner], bool | None] = lambda owner: None,
-        tell: Callable[[Event], None] = lambda event: None,
+        on_event: Callable[[Event], None] = lambda event: None,
         answer: Callable[[Claim, Any], None] = lambda claim, answer: None,
     ) -> None:
-        self.clock, self.wall, self.alive, self.tell, self.answer = clock, wall, alive, tell, answer
+        self.clock, self.wall, self.alive, self.on_event, self.answer = clock, wall, alive, on_event, answer
         self.began = clock()
         self.units: dict[str, Unit] = {}
         self.edges = 0
-        self.waits = 0  # claims in line, but those of boots
+        self.waits = 0  # claims in line, except those of boots
         self.events: dict[int, Event] = {}  # by number
-        self.seq = 0
+        self.seq = 0  # number of the last event
         self.locks: dict[str, Lock] = {}  # that a unit has or waits for
-        self.left_environment = False  # whether any unit did
+        self.has_environment = False  # whether any unit has left variables
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
-        self.stopping: dict[Unit, Claim] = {}  # that are to end, each with its supervisor's claim
+        self.stopping: dict[Unit, StopOrder] = {}
         self.stops: list[Stop] = []  # that are not answered
-        self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and who gave it up
-        self._affected: list[tuple[Unit, Unit]] = []  # units to be looked at, and the dependency that has changed
+        self._freed: list[tuple[Lock, Unit]] = []  # locks that have a place again, and the unit that gave it up
+        self._affected: list[tuple[Unit, Unit]] = []  # units to settle, each with the dependency that has changed
 
     # -- what callers may do ------------------------------------------------------------------------------
 
     def want(self, name: str, dependencies: Iterable[str], requires: str = SUCCESS) -> Unit:
-        """Register `name` and make it depend on `dependencies`: all of them, or none and an error.
+        """Register `name` and make it depend on all of `dependencies`; if one is refused, on none of them.
 
         Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
         """
@@ -2339,29 +2348,26 @@ class Units:
         self._settle_all(unit)
         return unit
 
-    def start(self, member: Member, ticket: Any, timeout: float = 0.0, **asked: Any) -> Claim:
-        """Ask for a unit to be started, within `timeout` seconds (0: no limit); the claim is answered.
+    def start(self, member: Member, ticket: Any, timeout: float = 0.0, **options: Any) -> Claim:
+        """Claim a unit, for at most `timeout` seconds in line (0: no limit). `options` are those of Claim.
 
-        `asked` is what Claim takes. Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or
-        TimedOut.
+        Raises AlreadyStarted and what `want` raises; the answer may be DependencyFailed or TimedOut.
         """
         unit = self.units.get(check_name(member[0]))
         if unit and unit.is_taken():
-            raise self._already_started(unit, asked.get("owner"))
-        return self._claim([member], ticket, timeout, **asked)[0]
+            raise self._already_started(unit, options.get("owner"))
+        return self._claim([member], ticket, timeout, **options)[0]
 
     def wait(self, names: Iterable[str], ticket: Any, requires: str = SUCCESS, timeout: float = 0.0) -> Claim:
-        """Wait for units to meet `requires`, within `timeout` seconds (0: no limit), without being one."""
-        # Held, so that one that ends before its time has failed, and is forgotten.
-        wants = dict.fromkeys(names, check_requirement(requires))
-        return self._claim([("", wants, ())], ticket, timeout, held=True)[0]
+        """Wait until units meet `requires`, for at most `timeout` seconds (0: no limit)."""
+        # Held, so that the nameless unit fails, and is forgotten, if the claim ends before its time.
+        return self._claim([("", dict.fromkeys(names, requires), ())], ticket, timeout, held=True)[0]
 
     def boot(self, members: Sequence[Member], ticket: Any, owner: Owner | None, jobs: int, resume: bool) -> list[Claim]:
-        """Claim all units of a plan in one step: (name, dependency -> requirement, locks) each.
+        """Claim all units of a plan in one step, and let them depend on what it says and on nothing else.
 
-        At most `jobs` of them are started at once (0: no limit). They depend on these from now on, and on no others. A
-        claim is answered whenever its unit is started or has ended. With `resume`, what has completed is left as it is.
-        Raises Refused, and nothing has changed, while one is started or claimed by somebody who lives, or runs on.
+        At most `jobs` of them are started at once (0: no limit). A claim is answered whenever its unit starts or ends.
+        With `resume`, completed units are left as they are. Raises Refused, and changes nothing: see `_check_free`.
         """
         if len({check_name(name) for name, _, _ in members}) < len(members):
             raise Refused("a boot names a unit twice")
@@ -2371,82 +2377,80 @@ class Units:
         return self._claim(members, ticket, 0.0, boot=True, jobs=jobs, resume=resume, owner=owner, supervisor=True)
 
     def delivered(self, claim: Claim) -> None:
-        """Note that the answer to a claim has arrived: answer those who stood behind it in line, too."""
+        """Note that the client has the answer to its claim; answer the claims that stood behind it in line."""
         unit = claim.unit
         if unit.holder is claim and not claim.delivered:
             claim.delivered = True
             self._answer_line(unit, self._already_started(unit, *(other.owner for other in unit.line)))
             if not claim.held:
-                self._close(unit)
+                self._end_holder(unit)
 
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
-        """End claims, all in one step, the one way in which they end before their time.
+        """End claims before their time, all in one step; there is no other way in which they end so.
 
-        `why`: the caller is gone, its process has ended, TIMED_OUT. The next claim in line goes on. If there
-        is none, the unit of a held claim has failed, unless it had ended and does not run on; any other is pending.
+        `why`: the caller is gone, its process has ended, TIMED_OUT. The next claim in line goes on. If there is none, a
+        unit that has not ended fails if the claim was held, else it is pending.
         """
-        ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and what the unit fails with
+        ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and the reason if the unit fails
         for claim in [claim for claim in claims if not claim.is_over()]:
             reason = self._give_up(claim, why) if claim in claim.unit.line else self._lose(claim)
             if claim.held or claim.unit not in ended:
                 ended[claim.unit] = claim, reason
         for unit, (claim, reason) in ended.items():
-            if unit.status in ENDED and unit.facts.exit_reason != LOST:
+            if unit.status in ENDED or unit.holder:
                 continue
-            if claim.held and not unit.first():
+            if claim.held and not unit.line:
                 self._set(unit, Outcome(FAILED, reason))
-            elif unit.status == STARTED and not unit.holder:
-                asked = unit.facts
+            elif unit.status == STARTED:
+                facts = unit.facts
                 self._set(unit, Outcome(PENDING, "the client that asked for its start was gone"))
-                unit.facts.registered, unit.facts.waiting = asked.registered, asked.waiting
+                unit.facts.registered, unit.facts.waiting = facts.registered, facts.waiting
         self._settle_all(*ended)
 
     def end_late(self, claims: Iterable[Claim]) -> None:
-        """End those claims whose time is up."""
+        """End those claims in line whose deadline has passed."""
         now = self.clock()
         self.end_claims([c for c in claims if c in c.unit.line and c.deadline <= now], TIMED_OUT)
 
     def end(self, name: str, outcome: Outcome, by: Owner | None = None, claim: Claim | None = None) -> str:
-        """End a unit, and its claim unless that is a supervisor's whose command may still run. Return its status.
+        """End a unit, with the claim that holds it, unless that is a supervisor's whose command may still run.
 
-        `claim` is the reporter's on the unit, if it has one. Raises NotRegistered; Refused if the unit has ended
-        otherwise, is being stopped, leaves too many variables, or if the start of `by` was refused.
+        `by` and `claim` are the reporter and its claim on the unit, if it has one. Returns the status of the unit.
+        Raises NotRegistered; Refused if the unit has ended otherwise, is being stopped, leaves too many variables, or
+        if the start of `by` was refused.
         """
         unit, status = self._registered(name), outcome.status
-        claim = claim if claim is unit.holder else None
-        runs_on = claim is not None and claim.held and outcome.running
+        before, reason, stopping = unit.status, unit.facts.reason, unit in self.stopping
+        holder = claim if claim and claim.held and claim is unit.holder else None
+        supervisor = None if holder else unit.supervisor()
         self._check_environment(unit, outcome.env)
-        if not claim:
+        if not holder:
             self._check_report(unit, status, by)
-        supervisor = None if claim else unit.supervisor()  # whose unit somebody else ends
-        if claim and not runs_on and (unit in self.stopping or unit.facts.running_on):
-            self.exit(claim, outcome.reason, outcome.exit_code or int(status == FAILED), stopped=False)
-            return unit.status
-        if unit in self.stopping and (claim or unit.status == STARTED):  # it will have been stopped
-            return unit.status
-        before, why = unit.status, f" ({unit.facts.reason})" if unit.facts.reason else ""
-        if before not in ENDED:
-            if runs_on:
+        if before not in ENDED and not stopping:  # a unit that is being stopped fails for that reason
+            if holder and outcome.running:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            if supervisor and not supervisor.boot:  # which is notified of every status
+            if supervisor and not supervisor.boot:  # a boot is notified of every status
                 self.answer(supervisor, Notice("unit", {"unit": name, "status": status}))
-        if claim and runs_on:
-            self.run_on(claim)
-        elif not supervisor:
-            self._close(unit)
+        if holder and not outcome.running:
+            self.exit(holder, outcome.reason, outcome.exit_code or int(status == FAILED))
+        elif holder and not stopping:
+            self.run_on(holder)
+        elif unit.holder and not unit.holder.supervisor:
+            self._end_holder(unit)
         self._settle_all()
-        if before in ENDED and before != status:
+        if before in ENDED and before == unit.status != status and not (holder and stopping):
+            why = f" ({reason})" if reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
         return unit.status
 
-    def exit(self, claim: Claim, reason: str, code: int, stopped: bool) -> None:
-        """End a supervisor's claim: the command of its unit has ended, with all its processes.
+    def exit(self, claim: Claim, reason: str, code: int, stopped: bool = False) -> None:
+        """End the claim of a supervisor, since no process of the command is left.
 
-        If it ran on, the unit has failed: if its supervisor was told to end it, it was `stopped`; if it has ended by
-        itself, otherwise than with 0, it died.
+        If it ran on, its unit fails: with `stopped`, because its supervisor was told to end it, or else, with another
+        `code` than 0, because it died.
         """
         unit, ran_on = claim.unit, claim.unit.facts.running_on
         stopped = unit in self.stopping or (stopped and ran_on)
@@ -2459,68 +2463,69 @@ class Units:
             self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
         elif ran_on:
             self._record(unit, "exited", reason)
-        self._close(unit, STOPPED if stopped else reason)
+        self._end_holder(unit, STOPPED if stopped else reason)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
-        """Let the claim of a supervisor last, since the command of its unit, which has completed, runs on."""
+        """Let a held claim last, or last again, since the command of its unit runs on after the unit has completed."""
         unit = claim.unit
-        if unit.status == COMPLETED and unit.last is claim and claim.held:
+        if unit.status == COMPLETED and unit.last is claim:
             claim.supervisor, unit.holder, unit.facts.running_on = True, claim, True
 
     def stop(self, names: Iterable[str], ticket: Any, grace: float) -> Stop:
-        """Stop units and all that depend on them, also through others (all units if none is named), within `grace`.
+        """Stop units (all if none is named) and all units that depend on them, within `grace` seconds.
 
-        What waits is ended at once. What runs is ended by its supervisor, which is told: dependents first, and all when
-        half of the time is over. The answer: what has `stopped`, in this order, what is `left`, and what `cannot` be
-        stopped, since it has no supervisor, or has lost it. Raises NotRegistered.
+        Units that wait fail at once. Supervisors of the others are told to end their commands: dependents first, and
+        all of them when half of the time is over. The answer has the units that were `stopped`, in this order, those
+        that are `left`, and those that `cannot` be stopped, since they have no supervisor. Raises NotRegistered.
         """
-        self._check_waits(0 if ticket is None else 1)  # it may be the agent's own, at its end
-        named = dict.fromkeys(self._these(names))
+        self._check_waits(0 if ticket is None else 1)  # without a ticket it is the agent's own, at its end
+        named = dict.fromkeys(self._selected(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
         alone = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
         cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
-        stop.unit.line[stop] = None
-        self.waits += 1
+        self._join(stop)
         self.stops.append(stop)
         for unit in affected:
-            claim = unit.supervisor()
-            if claim:
-                self.stopping[unit], stop.units[unit] = claim, None
-                claim.stop_by, claim.tell_by = min(claim.stop_by, deadline), min(claim.tell_by, deadline - grace / 2)
-            elif not unit.holder and any(waiting.held or unit in named for waiting in unit.line):
+            supervisor = unit.supervisor()
+            if supervisor:
+                stop.units[unit] = None
+                order = self.stopping.setdefault(unit, StopOrder(supervisor))
+                order.deadline = min(order.deadline, deadline)
+                order.send_by = min(order.send_by, deadline - grace / 2)
+            elif not unit.holder and any(claim.held or unit in named for claim in unit.line):
                 self._stopped(unit)
-                stop.answer["stopped"].append(unit.name)
+                stop.result["stopped"].append(unit.name)
         self._settle_all()
         return stop
 
     def keep_time(self) -> float:
-        """Go on with stops; return when something of them is due next, on the clock."""
+        """Send the orders and answer the stops that are due; return when to call this again, on the clock."""
         now = self.clock()
-        below = reached([other for unit in self.stopping for other in unit.wants], lambda unit: unit.wants)
-        for unit, claim in self.stopping.items():
-            if claim.stop_by < claim.told and (unit not in below or claim.tell_by <= now):
-                claim.told = claim.stop_by
-                left = round(max(0.0, claim.stop_by - now), 3)
-                self.answer(claim, Notice("stop", {"unit": unit.name, "grace": left}))
+        dependencies = reached([other for unit in self.stopping for other in unit.wants], lambda unit: unit.wants)
+        for unit, order in self.stopping.items():
+            if order.deadline < order.sent and (unit not in dependencies or order.send_by <= now):
+                order.sent = order.deadline
+                left = round(max(0.0, order.deadline - now), 3)
+                self.answer(order.supervisor, Notice("stop", {"unit": unit.name, "grace": left}))
         for stop in self.stops:
             if not stop.is_over() and (not stop.units or stop.end_by <= now):
-                stop.answer["left"] += map(self._running, stop.units)
+                stop.result["left"] += map(self._running, stop.units)
                 self._leave(stop)
-                self.answer(stop, stop.answer)
-        self.stops = [stop for stop in self.stops if not stop.is_over()]  # nor those of who has gone
-        times = [claim.tell_by for claim in self.stopping.values() if claim.stop_by < claim.told]
+                self.answer(stop, stop.result)
+        self.stops = [stop for stop in self.stops if not stop.is_over()]  # also without those whose client is gone
+        times = [order.send_by for order in self.stopping.values() if order.deadline < order.sent]
         return min([*times, *(stop.end_by for stop in self.stops)], default=NEVER)
 
     def reset(self, names: Iterable[str] = ()) -> list[str]:
         """Make units that have ended (all if none is named) pending again, with those skipped because of them.
 
-        Returns the names. Raises NotRegistered, or Refused while one of them is started.
+        Returns their names. Raises NotRegistered, or Refused while one of them is started or its command runs on.
         """
-        todo = self._these(names)
-        for unit in todo:
+        selected = self._selected(names)
+        for unit in selected:
             if unit.status == STARTED:
                 owner = self._owner(unit)
                 by = owner_text(owner, " by ", ", which is no longer running,")
@@ -2528,7 +2533,7 @@ class Units:
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
                 raise Refused(f"{unit.still_runs()} and cannot be reset; stop it first")
-        ended = [unit for unit in todo if unit.status in ENDED]
+        ended = [unit for unit in selected if unit.status in ENDED]
         again = reached(ended, lambda unit: [other for other in unit.wanted_by if other.status == SKIPPED])
         for unit in again:
             self._set(unit, Outcome(PENDING))
@@ -2536,23 +2541,23 @@ class Units:
         return [unit.name for unit in again]
 
     def own(self, claim: Claim, owner: Owner | None, log: str, ready: str) -> None:
-        """Note which process a claim runs, the file with its output, and its probe, if it has one."""
-        known = claim.unit.facts
-        claim.owner = known.owner = owner or claim.owner
-        claim.runs = claim.runs or owner is not None
-        known.log, known.probe, known.probe_error = log, ready, ""
-        known.reason = f"not ready yet: {ready}" if ready else ""
+        """Note the command that a supervisor runs, if known, the file with its output, and its probe, if it has one."""
+        facts = claim.unit.facts
+        claim.owner = facts.owner = owner or claim.owner
+        claim.unit.owner_is_command |= owner is not None
+        facts.log, facts.probe, facts.probe_error = log, ready, ""
+        facts.reason = f"not ready yet: {ready}" if ready else ""
 
     def retry(self, claim: Claim, detail: str) -> None:
         """Note that one more try of a started unit begins."""
-        known = claim.unit.facts
-        known.tries = [*known.tries[-999:], self._now()]
+        facts = claim.unit.facts
+        facts.tries = [*facts.tries[-999:], self._now()]
         self._record(claim.unit, "retry", detail)
 
     # -- questions ----------------------------------------------------------------------------------------
 
     def dependencies(self, unit: Unit, unmet_only: bool = False) -> list[Dependency]:
-        """Return the edges of a unit as they were declared, or, with `unmet_only`, what it lacks, also locks."""
+        """Return the dependencies of a unit as they were declared, or, with `unmet_only`, all that it lacks."""
         rows = []
         for other, need in unit.lacks() if unmet_only else unit.wants.items():
             age = round(self._now() - other.since, 3)
@@ -2571,7 +2576,7 @@ class Units:
         return rows
 
     def status(self, name: str) -> UnitStatus:
-        """Return a snapshot of a unit, or of a name that nobody knows, with its dependencies and history."""
+        """Return a snapshot of a unit, also of an unknown one, with its dependencies and history."""
         unit = self.units.get(check_name(name)) or Unit(name, self._now())
         snapshot = self._snapshot(unit)
         snapshot.owner = self._owner(unit)
@@ -2583,39 +2588,39 @@ class Units:
         """Return all units in the order in which they became known, and names that were only refused."""
         refused = [Unit(name, self._now()) for name in self.refusals if name not in self.units]
         rows = {unit: self._snapshot(unit) for unit in [*self.units.values(), *refused]}
-        for unit in [unit for unit in rows if unit.may_run()][:500]:  # to look at more would take too long
+        for unit in [unit for unit in rows if unit.may_run()][:500]:  # to look at more processes would take too long
             rows[unit].owner = self._owner(unit)
         return Graph(self._now(), [*rows.values()])
 
     def snapshots(self, everything: bool = False) -> list[UnitStatus]:
-        """Return snapshots by name; `everything` includes names that were only ever wanted."""
-        shown = self.units if everything else {unit.name for unit in self._these()}
+        """Return snapshots of all units by name; `everything` includes names that are not registered."""
+        shown = self.units if everything else {unit.name for unit in self._selected()}
         return sorted((row for row in self.graph().nodes if row.unit_name in shown), key=lambda row: row.unit_name)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return what all that a unit depends on has left for it; the later in the graph wins. Raises NotRegistered."""
+        """Return the variables that the dependencies of a unit leave it; later ones win. Raises NotRegistered."""
         unit = self._registered(name)
         merged: dict[str, str] = {}
-        for other in in_order(unit.wants, lambda unit: unit.wants) if self.left_environment else ():
+        for other in in_order(unit.wants, lambda unit: unit.wants) if self.has_environment else ():
             merged.update(other.facts.environment)
         return merged
 
     def candidates(self, names: Iterable[str]) -> list[str]:
-        """Return the registered names but these and all that depend on them, for suggestions."""
+        """Return all registered names except these and those of units that depend on them, for suggestions."""
         asked = [self.units[name] for name in names if name in self.units]
-        behind = reached(asked, lambda unit: unit.wanted_by)
-        return [unit.name for unit in self._these() if unit not in behind]
+        dependents = reached(asked, lambda unit: unit.wanted_by)
+        return [unit.name for unit in self._selected() if unit not in dependents]
 
     # -- the rules ----------------------------------------------------------------------------------------
 
     def _settle(self, unit: Unit, because: Unit | None = None) -> None:
         """When may a unit start? Here.
 
-        Its requirements are all met and all its locks have a place: the first in line is granted. One of them can
-        not be met any more: it is skipped, and all in line are answered. Otherwise it goes on waiting. `because` is
-        the dependency that just changed, if only that can have made a difference.
+        If all its requirements are met and all its locks have a place, the first claim in line is granted. If a
+        requirement cannot be met any more, the unit is skipped and all claims are answered. Otherwise it goes on
+        waiting. `because` is the dependency that just changed, if nothing else can have made a difference.
         """
-        if unit.status != PENDING:  # those in line stand there until the answer to the one before has arrived
+        if unit.status != PENDING:  # claims in line wait until the answer to the one before is delivered
             return
         if unit.unmet or not unit.line:
             self._free(unit)
@@ -2629,11 +2634,11 @@ class Units:
             self._grant(unit, because)
 
     def _skip(self, unit: Unit, cause: Unit) -> None:
-        """Give up a unit because of a dependency that has failed or was skipped."""
+        """Skip a unit because of a dependency that has failed or was skipped."""
         why = cause.facts.reason
         if cause.status == FAILED:
             reason = f'dependency "{cause.name}" failed' + (f" ({why})" if why else "")
-        else:  # what failed in the first place matters most, however long the chain is
+        else:  # of a long chain the first failure matters most
             reason = f'dependency "{cause.name}" was skipped: '
             reason += why if len(reason + why) <= 2 * MAX_REASON else f"... {cause.root}"
         unit.root = cause.root or reason
@@ -2642,19 +2647,19 @@ class Units:
         self._answer_line(unit, DependencyFailed(text, {"unit": cause.name, "reason": why}))
 
     def _grant(self, unit: Unit, because: Unit | None) -> None:
-        """Start a unit whose dependencies are met for the first in line, unless a lock has no place."""
-        known, claim = unit.facts, next(iter(unit.line))
-        known.ready = self._now() if known.ready is None else known.ready
-        known.released_by = because.name if because else known.released_by
+        """Start a unit whose dependencies are met for the first claim in line, unless a lock has no place."""
+        facts, claim = unit.facts, next(iter(unit.line))
+        facts.ready = self._now() if facts.ready is None else facts.ready
+        facts.released_by = because.name if because else facts.released_by
         if not unit.locks:
-            known.locks = [*claim.locks]
+            facts.locks = [*claim.locks]
             unit.locks = (*(self.locks.setdefault(name, Lock(name)) for name in claim.locks), *claim.places)
         if any(unit.lacks()):
             for lock in unit.locks:
                 lock.line.setdefault(unit)
             return
         self._leave(claim)
-        known.owner, unit.refused = claim.owner, []
+        facts.owner, unit.refused = claim.owner, []
         unit.holder = claim if unit.name else None
         unit.last = unit.holder if claim.held else None
         for lock in unit.locks:
@@ -2667,7 +2672,7 @@ class Units:
             self.answer(claim, answer)
 
     def _settle_all(self, *units: Unit) -> None:
-        """Settle units, then those that wait for locks that are free again, then whoever depends on what changed."""
+        """Settle units, then those that wait for a lock which has a place again, then those that a change affects."""
         for unit in units:
             self._settle(unit)
         while self._freed or self._affected:  # no recursion, since chains may be long
@@ -2684,21 +2689,21 @@ class Units:
             self.keep_time()
 
     def _set(self, unit: Unit, outcome: Outcome) -> None:
-        """Give a unit a status, which nothing else does, and keep `unmet` of its dependents true."""
+        """Give a unit a status, which nothing else does, and update `unmet` of its dependents."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
         if status != STARTED and not (status == FAILED and unit.holder):  # that keeps its locks until its claim ends
             self._free(unit)
-        if status == PENDING:  # forget the run before
-            unit.facts, unit.root, unit.last = object.__new__(UnitStatus), "", None
+        if status == PENDING:
+            unit.forget_run()
             unit.facts.registered = unit.since
         elif status == STARTED:
             unit.facts.started = unit.since
-        elif unit.facts.ended is None:  # else it completed, and ran on
+        elif unit.facts.ended is None:  # else it completed, and its command ran on
             unit.facts.ended = unit.since
         unit.facts.reason, unit.facts.exit_code = outcome.reason, outcome.exit_code
         if outcome.env:
-            unit.facts.environment, self.left_environment = outcome.env, True
+            unit.facts.environment, self.has_environment = outcome.env, True
         for dependent, requirement in unit.wanted_by.items():
             was_met, met = old in MEETS[requirement], status in MEETS[requirement]
             dependent.unmet += was_met - met
@@ -2711,39 +2716,37 @@ class Units:
         if claim and claim.boot and status != PENDING:
             env = self.environment(unit.name) if status == STARTED else {}
             self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
-        if not unit.name and status != PENDING:  # the wait is over, and the names that it alone had any use for
+        if not unit.name and status != PENDING:  # a wait is over: forget the names that nothing else has mentioned
             waited_for = unit.wants
             self._link(unit, {})
             self._forget(waited_for)
 
     def _stopped(self, unit: Unit) -> None:
-        """Let a unit fail that was stopped: nobody in its line is to run it."""
+        """Fail a unit that was stopped, and refuse the claims in its line."""
         if unit.status != FAILED:
             self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
         self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
 
-    def _close(self, unit: Unit, how: str = "") -> None:
-        """End the claim that was granted; `how` is how the command ended, if it ran on, or that it is LOST."""
-        claim, unit.holder = unit.holder, None
+    def _end_holder(self, unit: Unit, how: str = "") -> None:
+        """End the claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
+        claim, unit.holder, unit.lost = unit.holder, None, how == LOST
         if unit.facts.running_on:
             unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), how
-        if claim:
-            claim.lost = how == LOST
         if unit.status != STARTED or (claim and claim.held):
             self._free(unit)
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
                 del stop.units[unit]
-                if how == LOST:
-                    stop.answer["left"].append(self._running(unit))
+                if unit.lost:
+                    stop.result["left"].append(self._running(unit))
                 else:
-                    stop.answer["stopped"].append(unit.name)
+                    stop.result["stopped"].append(unit.name)
 
     def _give_up(self, claim: Claim, why: str) -> str:
-        """End a claim that waits; return what its unit fails with, if nobody else waits."""
+        """End a claim in line; return the reason with which its unit fails if nobody else waits."""
         unit = claim.unit
         missing = ", ".join(self._waits_for(unit, mark=True))
-        reason = one_line(f"lost: {self._who(claim.owner) or 'its start'} waited for {missing}, and {why}")
+        reason = one_line(f"lost: {self._process_text(claim.owner) or 'its start'} waited for {missing}, and {why}")
         answer: SyncError = Refused(f'unit "{unit.name}" was not started: {why}')
         if why == TIMED_OUT:
             reason = one_line(f"timed out waiting for {missing}")
@@ -2758,16 +2761,19 @@ class Units:
         return reason
 
     def _lose(self, claim: Claim) -> str:
-        """End a claim that was granted, whatever becomes of the command; return what its unit fails with."""
-        by = f"the {'boot' if claim.boot else 'run'} that ran " if claim.runs else ""
-        end = "ended without completing"
-        if claim.unit.facts.running_on:
-            end = f"ended; {'that process' if claim.runs else 'its command'} may still run"
-        self._close(claim.unit, LOST)
-        return one_line(f"lost: {by}{self._who(claim.owner) or 'the process that held it'} {end}")
+        """End a granted claim; return the reason with which its unit fails: at once if its command ran on."""
+        unit, ran_on = claim.unit, claim.unit.facts.running_on
+        by = f"the {'boot' if claim.boot else 'run'} that ran " if unit.owner_is_command else ""
+        command = "that process" if unit.owner_is_command else "its command"
+        end = f"ended; {command} may still run" if ran_on else "ended without completing"
+        reason = one_line(f"lost: {by}{self._process_text(claim.owner) or 'the process that held it'} {end}")
+        self._end_holder(unit, LOST)
+        if ran_on:
+            self._set(unit, Outcome(FAILED, reason))
+        return reason
 
     def _free(self, unit: Unit) -> None:
-        """Take a unit out of the lines of locks, and pass on those that it has."""
+        """Take a unit out of the lines of locks, and free those that it has."""
         for lock in unit.locks:
             lock.line.pop(unit, None)
             lock.taken.pop(unit, None)
@@ -2778,20 +2784,20 @@ class Units:
 
     # -- small parts --------------------------------------------------------------------------------------
 
-    def _declare(self, members: Sequence[Member], anew: bool = False) -> list[Unit]:
-        """Register units and link them to what they want, all or none; `anew` drops the edges that they had.
+    def _declare(self, members: Sequence[Member], replace: bool = False) -> list[Unit]:
+        """Register units and add their dependencies, all or none; `replace` drops the dependencies that they had.
 
         Raises CycleError or Refused, which is remembered for `why`.
         """
         known = len(self.units)
         try:
             units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
-            edges = {unit: self._edges(unit, wants, anew) for unit, (_, wants, _) in zip(units, members)}
+            edges = {unit: self._edges(unit, wants, replace) for unit, (_, wants, _) in zip(units, members)}
             if self.edges + sum(len(wants) - len(unit.wants) for unit, wants in edges.items()) > MAX_EDGES:
                 raise Refused(f"the agent has reached its limit of {MAX_EDGES} dependencies")
-            new = [unit for unit, wants in edges.items() if wants != unit.wants]
-            # What nobody wants is in no cycle.
-            suspects = [unit for unit in new if anew or unit.wanted_by or unit in edges[unit]]
+            changed = [unit for unit, wants in edges.items() if wants != unit.wants]
+            # A unit that nothing depends on is in no cycle.
+            suspects = [unit for unit in changed if replace or unit.wanted_by or unit in edges[unit]]
             in_order(suspects, lambda unit: edges.get(unit, unit.wants))
         except SyncError as error:
             for name in [*self.units][known:]:
@@ -2806,14 +2812,14 @@ class Units:
             self.refusals.pop(unit.name, None)
             if unit.status == NOT_REGISTERED:
                 self._set(unit, Outcome(PENDING))
-        dropped = [other for unit in new for other in unit.wants]
-        for unit in new:
+        before = [other for unit in changed for other in unit.wants]
+        for unit in changed:
             self._link(unit, edges[unit])
-        self._forget(dropped)
+        self._forget(before)
         return units
 
     def _named(self, name: str) -> Unit:
-        """Return the unit with a name, which is known from now on."""
+        """Return the unit with this name; make it known if it is new."""
         if name not in self.units:
             check_name(name)
             if len(self.units) >= MAX_UNITS:
@@ -2821,9 +2827,9 @@ class Units:
             self.units[name] = Unit(name, self._now())
         return self.units[name]
 
-    def _edges(self, unit: Unit, wants: dict[str, str], anew: bool) -> dict[Unit, str]:
+    def _edges(self, unit: Unit, wants: dict[str, str], replace: bool) -> dict[Unit, str]:
         """Return the edges that a unit is to have. Raises Refused."""
-        edges = {} if anew else {**unit.wants}
+        edges = {} if replace else {**unit.wants}
         for name, requires in wants.items():
             there = edges.setdefault(self._named(name), check_requirement(requires))
             if there != requires:
@@ -2831,7 +2837,7 @@ class Units:
         return edges
 
     def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
-        """Have a unit want these, and no others."""
+        """Give a unit these edges in place of those that it had."""
         before, unit.wants = unit.wants, edges
         self.edges += len(edges) - len(before)
         unit.unmet = sum(other.status not in MEETS[requires] for other, requires in edges.items())
@@ -2843,7 +2849,7 @@ class Units:
             del other.wanted_by[unit]
 
     def _forget(self, units: Iterable[Unit]) -> None:
-        """Forget names that nobody has registered and nobody wants any more."""
+        """Forget units that are not registered and that no unit depends on any more."""
         for unit in units:
             if unit.status == NOT_REGISTERED and not unit.wanted_by:
                 self.units.pop(unit.name, None)
@@ -2856,30 +2862,27 @@ class Units:
         boot: bool = False,
         jobs: int = 0,
         resume: bool = False,
-        **asked: Any,
+        **options: Any,
     ) -> list[Claim]:
-        """Declare units, stand in the line of each, and see how far that leads."""
+        """Declare units, put a claim in the line of each, and settle them."""
         self._check_waits(0 if boot else len(members))
         locks = [tuple(dict.fromkeys(check_name(name, "lock") for name in names)) for _, _, names in members]
         if max(map(len, locks), default=0) > MAX_LOCKS:
             raise Refused(f"too many locks: a unit may have {MAX_LOCKS}")
-        units = self._declare(members, anew=boot)
-        deadline = self.clock() + timeout if timeout else NEVER
-        places = (Lock("", jobs),) if jobs else ()
+        units = self._declare(members, replace=boot)
+        options["deadline"] = self.clock() + timeout if timeout else NEVER
+        options["places"] = (Lock("", jobs),) if jobs else ()
         claims = []
-        for unit, its in zip(units, locks):
+        for unit, names in zip(units, locks):
             if resume and unit.status == COMPLETED:
                 continue
-            if boot or unit.status in ENDED:  # it begins anew, and those behind it wait again
+            if boot or unit.status in ENDED:  # it begins again, and units that depend on it wait again
                 self._set(unit, Outcome(PENDING))
             if unit.first() is None:
                 unit.facts.waiting, unit.facts.ready, unit.facts.released_by = self._now(), None, ""
-                unit.facts.locks = [*its]
-            claim = Claim(unit, ticket, **asked)
-            claim.boot, claim.locks, claim.places, claim.deadline = boot, its, places, deadline
-            unit.line[claim] = None
-            self.waits += not boot
-            claims.append(claim)
+                unit.facts.locks = [*names]
+            claims.append(Claim(unit, ticket, boot=boot, locks=names, **options))
+            self._join(claims[-1])
         self._settle_all(*units)
         for claim in claims:
             if claim in claim.unit.line:
@@ -2887,7 +2890,7 @@ class Units:
         return claims
 
     def _check_waits(self, more: int) -> None:
-        """Raise Refused if there may not be so many more claims in line."""
+        """Raise Refused if there may not be `more` further claims in line."""
         if more and self.waits + more > MAX_WAITS:
             raise Refused(f"the agent has reached its limit of {MAX_WAITS} waiting requests")
 
@@ -2899,13 +2902,13 @@ class Units:
             raise error
         return unit
 
-    def _these(self, names: Iterable[str] = ()) -> list[Unit]:
-        """Return units by name, or all that are registered. Raises NotRegistered."""
+    def _selected(self, names: Iterable[str] = ()) -> list[Unit]:
+        """Return units by name, or all registered units. Raises NotRegistered."""
         units = dict.fromkeys(self._registered(name) for name in names)
         return [*units] or [unit for unit in self.units.values() if unit.status != NOT_REGISTERED]
 
     def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
-        """Return what a unit lacks, five at most, in words; with `mark`, also that a name is not registered."""
+        """Return in words what a unit lacks, five items at most; `mark` names that are not registered."""
         from itertools import islice
 
         words = []
@@ -2916,22 +2919,27 @@ class Units:
                 words.append(other.name + (" (not registered)" if mark and other.status == NOT_REGISTERED else ""))
         return words
 
+    def _join(self, claim: Claim) -> None:
+        """Put a claim at the end of the line of its unit."""
+        claim.unit.line[claim] = None
+        self.waits += not claim.boot
+
     def _leave(self, claim: Claim) -> None:
         """Take a claim out of the line of its unit."""
         del claim.unit.line[claim]
         self.waits -= not claim.boot
 
     def _answer_line(self, unit: Unit, error: SyncError) -> None:
-        """Answer all claims that still wait in line; a boot is notified of the status itself."""
+        """End all claims in line with an error; a boot is notified of the status of the unit instead."""
         for claim in [*unit.line]:
             self._leave(claim)
             if not claim.boot:
                 self.answer(claim, error)
 
-    # -- who has a unit -----------------------------------------------------------------------------------
+    # -- owners -------------------------------------------------------------------------------------------
 
     def _check_free(self, unit: Unit) -> None:
-        """Raise Refused if a unit is started or claimed by somebody who lives, or runs on: no boot may have it."""
+        """Raise Refused if no boot may claim a unit: a living process has started or claimed it, or may run it."""
         started, claim, by = unit.status == STARTED, unit.first(), unit.facts.owner
         if unit.holder and not started:
             earlier = " from an earlier boot" if unit.holder.boot else ""
@@ -2939,12 +2947,11 @@ class Units:
         if claim or (started and (by is None or self.alive(by) is not False)):
             how = ("started" if started else "claimed") + owner_text(claim.owner if claim else by, " by ")
             raise Refused(f'unit "{unit.name}" is {how}; nothing was run: end that first')
-        last = unit.last
-        if by and last and last.lost and last.runs and self.alive(by):
+        if by and unit.lost and unit.owner_is_command and self.alive(by):
             raise Refused(f"{unit.still_runs()}, and its supervisor is gone: end that process first")
 
     def _already_started(self, unit: Unit, *by: Owner | None) -> AlreadyStarted:
-        """Return the error for starts that are too many; who asked for them is remembered: the last hundred."""
+        """Return the error for starts of a started unit; remember the last hundred processes that asked for one."""
         unit.refused = [*unit.refused, *filter(None, by)][-100:]
         owner, holder = self._owner(unit), unit.holder
         own = [other for other in by if other and owner and (other.pid, other.born) == (owner.pid, owner.born)]
@@ -2957,28 +2964,27 @@ class Units:
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
     def _check_report(self, unit: Unit, status: str, by: Owner | None) -> None:
-        """Raise Refused if a report does not count: of a second copy of a script, or on what is being stopped."""
+        """Raise Refused if a report does not count: from a second copy of a script, or during a stop."""
         owner = unit.facts.owner
         refused = [(other.pid, other.born) for other in unit.refused]
         if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
-            raise Refused(
-                f'unit "{unit.name}": a report of {self._who(by)} does not count: its start was refused, because '
-                f"the unit was started{owner_text(owner, ' by ')}; if it is to be ended all the same, call from "
-                "another shell"
-            )
+            why = f"its start was refused, because the unit was started{owner_text(owner, ' by ')}"
+            text = f"a report of {self._process_text(by)} does not count: {why}"
+            hint = "if it is to be ended all the same, call from another shell"
+            raise Refused(f'unit "{unit.name}": {text}; {hint}')
         if unit in self.stopping and unit.status == STARTED and status == COMPLETED:
             raise Refused(f'unit "{unit.name}" is being stopped and cannot become {status}')
 
     def _check_environment(self, unit: Unit, env: dict[str, str]) -> None:
-        """Raise Refused if a unit leaves too many variables for those that depend on it."""
+        """Raise Refused if the variables of all units would be too large with those that a unit leaves."""
         left = [env, *(other.facts.environment for other in self.units.values() if other is not unit)] if env else []
         if sum(len(name) + len(value) for variables in left for name, value in variables.items()) > MAX_ENVIRONMENT:
             text = f"all units may leave an environment of {MAX_ENVIRONMENT} characters at most"
             raise Refused(f'unit "{unit.name}": {text}')
 
     @staticmethod
-    def _who(owner: Owner | None) -> str:
-        """Return a process for the beginning of a sentence: its command, any text, stands apart."""
+    def _process_text(owner: Owner | None) -> str:
+        """Return a process for the beginning of a sentence, with its command in parentheses; nothing for None."""
         return f"process {owner.pid}" + (f" ({owner.command})" if owner.command else "") if owner else ""
 
     def _owner(self, unit: Unit) -> Owner | None:
@@ -2986,14 +2992,14 @@ class Units:
         if owner is None or not unit.may_run():
             return owner
         alive = self.alive(owner)
-        if alive is False and unit.status == STARTED and unit.supervisor():  # which is to try again, or to report
+        if alive is False and unit.status == STARTED and unit.supervisor():  # it tries again, or reports the end
             alive = None
         return Owner(owner.pid, owner.command, alive, owner.born)
 
     def _running(self, unit: Unit) -> Running:
         return Running(unit.name, self._owner(unit))
 
-    # -- what is known ------------------------------------------------------------------------------------
+    # -- snapshots and events -----------------------------------------------------------------------------
 
     def _now(self) -> float:
         """Return the seconds since the agent began."""
@@ -3010,47 +3016,47 @@ class Units:
         return row
 
     def _record(self, unit: Unit, kind: str, detail: str) -> None:
+        """Add an event to the history, and call back with it."""
         if unit.name:
             self.seq += 1
             event = self.events[self.seq] = Event(self.seq, self.clock(), self.wall(), unit.name, kind, detail)
             self.events.pop(self.seq - MAX_EVENTS, None)
-            self.tell(event)
+            self.on_event(event)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Agent. Units behind one lock, a thread a connection.
+# Agent. Units behind one lock, and a thread for each connection.
 #
-# What keeps it safe:
-# - Units is touched only under `Agent.lock`; nothing is written to a socket or a log while it is held.
-# - Only a connection's own thread reads from and writes to its socket, and it blocks for SEND_TIMEOUT at most.
-#   Whoever makes a claim's answer known, whatever the thread, leaves it in the outbox of the claim's connection
-#   and wakes that connection's thread, both under the lock.
-# - A thread that waits is in `poll`, on its socket and on its wake-up descriptor, until the next time at which it has
-#   to look at one of its claims. So the end of a client is seen at once, and all its claims end in one step.
-# - A claim is answered once: Units answers it, or its connection's end, its time or `stop` ends it, under the lock.
-# - A follower of events reads the history from where it was; it has no queue of its own.
+# - Units is used only under `Agent.lock`; nothing is written to a socket or a log while the lock is held.
+# - Only the thread of a connection reads from its socket and writes to it, and blocks for SEND_TIMEOUT at most. Any
+#   other thread puts messages into the outbox of the connection and wakes its thread, both under the lock.
+# - A thread that waits polls its socket and its wake-up descriptor, until something is due for one of its claims. So
+#   the end of a client is noticed at once, and all its claims end in one step.
+# - A claim is answered once. The answer counts as delivered when it was sent; if the client has asked for `confirm`,
+#   when it says that it has the answer, and CONFIRM_TIMEOUT later all the same.
+# - A follower of events reads them from the history; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
 
 import io  # noqa: E402  (os has loaded both)
 import stat  # noqa: E402
 
 MAX_CONNECTIONS = 4096
-MAX_QUEUE = 200_000  # lines of the log on their way out
+MAX_QUEUE = 200_000  # lines of the log that are not written yet
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
-REPLACE_TIMEOUT = GRACE + 4.0  # seconds, for an agent to end that stops its services first
+REPLACE_TIMEOUT = GRACE + 4.0  # seconds that an agent has to stop its services and end
 MANY_CLAIMS = 10_000  # of one connection
-MAX_BOOT = 64 << 20  # bytes of a boot, in all its parts
+MAX_BOOT = 64 << 20  # bytes of all requests of a boot
 ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
-SEND_TIMEOUT = 10  # seconds for which a peer may read nothing of what it is sent
-LOOK_AGAIN = 5.0  # seconds after which the agent looks whether its socket is still there
+SEND_TIMEOUT = 10  # seconds for which a peer may read nothing that is sent to it
+LOOK_AGAIN = 5.0  # seconds between two checks that the agent's socket still exists
 IDLE_TIMEOUT = 60  # seconds for a connection that asks for nothing and waits for nothing
-CONFIRM_TIMEOUT = 5  # seconds after which an answer counts as delivered although its client has not said so
-PAUSE = 0.02  # seconds for which a follower's thread gathers events, so that it does not hold up others
-STACK = 256 * 1024
-ELSEWHERE = "elsewhere"  # the birth of a process of another process namespace: its pid says nothing here
+CONFIRM_TIMEOUT = 5  # seconds
+PAUSE = 0.02  # seconds for which a follower's thread gathers events, so that it does not delay others
+STACK = 256 * 1024  # bytes, of a thread
+ELSEWHERE = "elsewhere"  # `born` of a process in another process namespace, whose pid means nothing here
 NO_ENVIRONMENT: dict[str, str] = {}
 
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a method's parameter -> what a value must be
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a parameter -> its name, its test
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
@@ -3063,7 +3069,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a metho
 
 
 def parameters(method: Any) -> dict[str, tuple[str, bool]]:
-    """Return the parameters that `Agent.do_...` declares for its method: name -> (kind, whether it is required)."""
+    """Return the parameters of a method `Agent.do_...`: name -> (kind, whether it is required)."""
     code = method.__code__
     names = code.co_varnames[2 : code.co_argcount]
     optional = names[len(names) - len(method.__defaults__ or ()) :]
@@ -3071,7 +3077,7 @@ def parameters(method: Any) -> dict[str, tuple[str, bool]]:
 
 
 def check_params(method: Any, params: Any) -> dict[str, Any]:
-    """Return the parameters for a method by name, else raise InvalidParams. A list is by position."""
+    """Return the parameters of a request, an object or a list, by name. Raises InvalidParams."""
     known = parameters(method)
     names = f"there are {', '.join(known) or 'none'}"
     given = dict(zip(known, params)) if isinstance(params, list) else params
@@ -3090,7 +3096,7 @@ def check_params(method: Any, params: Any) -> dict[str, Any]:
 
 
 def check_environment(env: dict[str, Any]) -> dict[str, str]:
-    """Return the variables that a command leaves for others if they are some, else raise Refused."""
+    """Return the environment variables in a request. Raises Refused if one of them cannot be one."""
     for name, value in env.items():
         if not is_variable(name):
             raise Refused(f"{ascii(name)[:60]} is no name for an environment variable: use letters, digits and _")
@@ -3100,43 +3106,43 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines for people, each with a time, written by a thread of logging's: no caller waits for it.
+    """The agent's log: lines with a time, written to standard error or a file by a thread, so that no caller waits.
 
-    What cannot be written is counted, and the next line says so.
+    Lines that cannot be written are counted, and the next line gives their number.
     """
 
     def __init__(self, level: int = 1, path: str = "") -> None:
-        """Open the file, if there is one. Raises OSError, or RuntimeError if there can be no thread."""
+        """Open the file, if there is one. Raises OSError, or RuntimeError if no thread can be started."""
         self.level, self.path, self.lost = level, path, 0
-        self._trouble, self._again = "", NEVER
-        self._listener: Any = self._begin() if level > 0 or path else None  # else it may never be needed
+        self._trouble, self._silent_until = "", 0.0
+        self._listener: Any = self._start() if level > 0 or path else None  # else there may never be a line
 
     def say(self, text: str, level: int = 1) -> None:
-        """Queue a line; level 0 is trouble, said once a minute, 1 is shown unless --quiet, 2 with --verbose."""
-        if level > self.level or (level == 0 and text == self._trouble and time.monotonic() < self._again):
+        """Queue a line: of level 0 for trouble, once a minute; 1, unless --quiet; 2, with --verbose."""
+        if level > self.level or (level == 0 and text == self._trouble and time.monotonic() < self._silent_until):
             return
         if level == 0:
-            self._trouble, self._again = text, time.monotonic() + 60
+            self._trouble, self._silent_until = text, time.monotonic() + 60
         try:
             from logging import makeLogRecord
 
-            self._listener = self._listener or self._begin()
+            self._listener = self._listener or self._start()
             if self._listener.queue.qsize() >= MAX_QUEUE:
                 raise BlockingIOError
-        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads
+        except (ImportError, OSError, RuntimeError):  # no descriptor or thread is left, or nobody reads the log
             self.lost += 1
             return
         lost, self.lost = self.lost, 0
         line = (f"({lost} lines lost here) " if lost else "") + text
         self._listener.queue.put(makeLogRecord({"msg": line[:3900], "lost": lost}))  # a pipe takes 4096 bytes at once
 
-    def close(self, patience: float = 0.5) -> None:
-        """Write what is queued, for as long as `patience` seconds."""
+    def close(self, timeout: float = 0.5) -> None:
+        """Write the queued lines, for at most `timeout` seconds."""
         if self._listener:
             self._listener.enqueue_sentinel()
-            self._listener._thread.join(patience)
+            self._listener._thread.join(timeout)
 
-    def _begin(self) -> Any:
+    def _start(self) -> Any:
         import logging.handlers
         from queue import SimpleQueue
 
@@ -3145,7 +3151,7 @@ class Log:
         class Handler(logging.handlers.RotatingFileHandler):
             def _open(self) -> Any:
                 fd = 2
-                if log.path:  # of a pipe that has no reader this is an error
+                if log.path:  # a pipe that has no reader is an error
                     fd = os.open(log.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
                     os.set_blocking(fd, True)
                 return io.TextIOWrapper(io.FileIO(fd, "w", closefd=fd != 2), errors="backslashreplace")
@@ -3153,46 +3159,47 @@ class Log:
             def doRollover(self) -> None:
                 try:
                     super().doRollover()
-                except OSError:  # it can have no successor, and goes on
+                except OSError:  # the old file cannot be renamed, and is used on
                     pass
 
             def handleError(self, record: Any) -> None:
                 log.lost += 1 + record.lost
 
         handler = Handler(os.path.realpath(self.path), backupCount=1)
-        handler.maxBytes = MAX_LOG if os.path.isfile(self.path) else 0  # a pipe or a device has no successor
+        handler.maxBytes = MAX_LOG if os.path.isfile(self.path) else 0  # a pipe or a device is not rotated
         handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
-        thread = logging.handlers.QueueListener(SimpleQueue(), handler)
-        thread.start()
-        return thread
+        writer = logging.handlers.QueueListener(SimpleQueue(), handler)
+        writer.start()
+        return writer
 
 
 class Request:
-    """A request, the ticket of its claim if it becomes one; without an id it gets no answer, only notifications."""
+    """A request, and the ticket of the claims that it makes. Without an id it gets no answer, but notifications."""
 
     id: Any = None
-    confirm = False  # the client says itself that the answer has arrived
+    confirm = False  # the client confirms that it has the answer
     answered = False
-    look_at = NEVER  # when to say next what the claim lacks, or, once the answer was sent, to take it for arrived
+    report_at = NEVER  # when to send the next notification `waiting`
+    confirm_by = NEVER  # when the answer, which was sent, counts as delivered
 
     def __init__(self, connection: Connection, size: int) -> None:
         self.connection, self.size, self.since = connection, size, time.monotonic()
 
 
 class WakeUp:
-    """What wakes a thread that polls. Raises OSError if there is no descriptor left.
+    """A descriptor by which other threads wake a thread that polls. Raises OSError if none is left.
 
-    The thread sets `awake` to False, then looks for work, then sleeps: so no work that comes is missed.
+    The thread sets `awake` to False, then looks for work, then sleeps: so it misses no work.
     """
 
     awake = False
 
     def __init__(self) -> None:
         ends = (os.eventfd(0),) if hasattr(os, "eventfd") else os.pipe()
-        self._ends = [io.FileIO(fd, "r+") for fd in ends]  # they close themselves if no thread begins that would do it
+        self._ends = [io.FileIO(fd, "r+") for fd in ends]  # closed by their destructor if no thread starts
 
     def close(self) -> None:
-        """Give the descriptors back; from now on nobody is woken."""
+        """Close the descriptors; from now on `wake` does nothing."""
         self.awake = True
         for end in self._ends:
             end.close()
@@ -3201,14 +3208,14 @@ class WakeUp:
         """Wake the thread, or keep it from going to sleep. Called under the agent's lock."""
         if not self.awake:
             self.awake = True
-            self._ends[-1].write((1).to_bytes(8, sys.byteorder))  # as eventfd(2) has it; a pipe takes anything
+            self._ends[-1].write((1).to_bytes(8, sys.byteorder))  # for eventfd(2) a number; a pipe takes anything
 
-    def sleep(self, others: Iterable[int], seconds: float) -> set[int]:
-        """Wait until woken, or until some of `others` can be read, which are returned, or until the time is over."""
+    def sleep(self, fds: Iterable[int], seconds: float) -> set[int]:
+        """Wait for `wake`, for descriptors, or for at most `seconds`; return the descriptors that can be read."""
         from select import POLLIN, poll
 
         poller, end = poll(), self._ends[0]
-        for fd in (end.fileno(), *others):
+        for fd in (end.fileno(), *fds):
             poller.register(fd, POLLIN)
         ready = {fd for fd, _ in poller.poll(max(0, seconds) * 1000 + 1 if seconds < NEVER else None)}
         self.awake = True
@@ -3218,28 +3225,32 @@ class WakeUp:
 
 
 class Connection:
-    """One client and its thread. Others only append to `outbox` and wake it, under the agent's lock."""
+    """The connection to one client. Other threads than its own only call `post`."""
 
     def __init__(self, sock: Any, wake_up: WakeUp) -> None:
         from collections import deque
 
         self.sock, self.wake_up = sock, wake_up
-        self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, its answer), or (None, a message)
-        self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until its answer has arrived
-        self.claims: dict[Claim, None] = {}  # all that may not be over
-        self.members: list[Any] = []  # the units of a boot, of which more are to come
-        self.following = -1  # the number of the last event that it has, if it follows them
-        self.parts = 0  # bytes of `members`
-        self.idle_at = time.monotonic() + IDLE_TIMEOUT
-        self.gone = False  # the peer is, or what it sends is not read any more
+        self.outbox: deque[tuple[Claim | None, Any]] = deque()  # (claim, answer or Waiting), or (None, message)
+        self.open: dict[Any, Claim] = {}  # id of a request -> its claim, until the answer is delivered
+        self.claims: dict[Claim, None] = {}  # claims that end with the connection; some may have ended already
+        self.members: list[Any] = []  # the first units of a boot, until the request with the last ones
+        self.members_size = 0  # bytes
+        self.following = -1  # the number of the last event that was sent, if the client follows them
+        self.active_at = time.monotonic()  # when the client was last heard or answered
+        self.gone = False  # nothing can be sent any more
+
+    def idle_at(self) -> float:
+        """Return when the connection will have been idle for too long, on the monotonic clock."""
+        return NEVER if self.claims or self.following >= 0 else self.active_at + IDLE_TIMEOUT
 
     def due(self) -> float:
-        """Return when the thread has something to do of itself, on the monotonic clock."""
-        idle_at = NEVER if self.claims or self.following >= 0 else self.idle_at
-        return min([idle_at, *(t for claim in self.open.values() for t in (claim.deadline, claim.ticket.look_at))])
+        """Return when the thread has something to do next, without being woken."""
+        requests = [(claim.deadline, claim.ticket.report_at, claim.ticket.confirm_by) for claim in self.open.values()]
+        return min(self.idle_at(), *map(min, requests)) if requests else self.idle_at()
 
     def send(self, data: bytes) -> None:
-        """Send; no more to a peer that has gone or reads nothing for SEND_TIMEOUT, but what it has sent is done."""
+        """Send data. A peer that has gone or does not read gets nothing more, but its requests are done."""
         left = memoryview(data)
         try:
             while left:
@@ -3249,20 +3260,20 @@ class Connection:
             if not of_peer(error):
                 raise
             try:
-                self.sock.shutdown(2)  # both ways: what it has sent has an end
+                self.sock.shutdown(2)  # both ways, so that no more is received
             except OSError:
                 pass
 
     def post(self, content: Any, claim: Claim | None = None) -> None:
-        """Leave something to be sent: a message, or the answer to a claim. Called under the agent's lock."""
+        """Put a message, or what a claim is answered, into the outbox. Called under the agent's lock."""
         if not self.gone:
             self.outbox.append((claim, content))
             self.wake_up.wake()
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
-        """Return who asks: the peer itself, if it is to hold the unit, else the script that called it; None if unknown.
+        """Return the peer, if it is to hold a unit, else the script that called it, or None if that is unknown.
 
-        `parent` is the script as the peer says, for systems on which we cannot find out.
+        `parent` is the pid of the script as the peer says, for systems without /proc.
         """
         pid = who_is_at(self.sock)[0]
         if pid and not hold:
@@ -3271,18 +3282,18 @@ class Connection:
 
 
 def of_peer(error: BaseException | None) -> bool:
-    """Return whether an error of a socket is its peer's, which has gone or does not read, and not our own."""
+    """Return whether a socket's peer caused an error, because it has gone or does not read."""
     late = isinstance(error, OSError) and error.errno is None  # Python 3.8: socket.timeout
     return late or isinstance(error, (ConnectionError, TimeoutError, BlockingIOError))
 
 
 def process(pid: int, command: str = "") -> Owner | None:
-    """Return a process as the owner of a unit, with its command if it is known; None for no process."""
+    """Return a process as the owner of a unit, or None for pid 0."""
     return Owner(pid, command or command_of(pid), None, birth(pid)) if pid > 0 else None
 
 
 class Agent:
-    """The daemon's state and its answers. What the protocol has as method M is `do_M` here."""
+    """The state of the daemon. Method M of the protocol is `do_M` here."""
 
     def __init__(self, log: Log) -> None:
         from threading import Lock, Thread
@@ -3293,13 +3304,13 @@ class Agent:
         self.connections: set[Connection] = set()
         self.followers: set[Connection] = set()
         self.began = time.monotonic()
-        self.leaving = False  # nothing begins any more, since the agent is about to end
-        self.owners: dict[Claim, io.FileIO | None] = {}  # of `start --pid`: the pidfd of the owner, if there is one
+        self.leaving = False  # the agent is about to end, and takes no more claims
+        self.owners: dict[Claim, io.FileIO | None] = {}  # claim of a `start --pid` -> pidfd of the process, if any
         self._owners_wake = WakeUp()
         Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
-        """Do a step again and again, whatever goes wrong: the body of a thread."""
+        """Call `step` for ever, whatever goes wrong: the body of a thread. `doing` is for the log."""
         while True:
             try:
                 step()
@@ -3310,7 +3321,7 @@ class Agent:
     # -- a connection's thread ----------------------------------------------------------------------------
 
     def end(self, connection: Connection) -> None:
-        """End a connection and its claims: its peer has gone."""
+        """Close a connection and end its claims."""
         with self.lock:
             connection.gone = True
             self.followers.discard(connection)
@@ -3318,53 +3329,55 @@ class Agent:
                 self.connections.remove(connection)
                 self.units.end_claims(list(connection.claims), "its caller went away")
             for claim in connection.claims:
-                claim.ticket = None  # so that what a unit remembers of its last start does not keep the connection
+                claim.ticket = None  # a unit keeps its last claim, which is not to keep the connection
             connection.open.clear()
             connection.claims.clear()
             connection.wake_up.close()
         connection.sock.close()
 
     def converse(self, connection: Connection) -> None:
-        """Read requests and write answers until the peer goes away, or what it sends cannot be trusted."""
+        """Read requests and write answers until the peer closes the connection, or sends a line that is not JSON."""
         sock, buffer = connection.sock, b""
         sock.settimeout(SEND_TIMEOUT)
         while True:
             connection.wake_up.awake = False
-            self._attend(connection)
+            self._do_due(connection)
+            self._flush(connection)
             if not connection.wake_up.sleep([sock.fileno()], connection.due() - time.monotonic()):
                 if connection.following >= 0:
                     time.sleep(PAUSE)
                 continue
             chunk = sock.recv(65536)
-            connection.idle_at = time.monotonic() + IDLE_TIMEOUT
+            connection.active_at = time.monotonic()
             *lines, buffer = (buffer + chunk).split(b"\n")
-            if not chunk or len(buffer) > MAX_LINE:  # a last line without its end, or one without any
+            if not chunk or len(buffer) > MAX_LINE:  # a last line without a newline, or one that is too long
                 lines, buffer = [*lines, buffer], b""
-            for line in lines:  # whatever becomes of the answers: what was received is done
+            for line in lines:  # even if the answers cannot be sent any more
                 if line.strip() and not self._line(connection, line):
                     return
             if not chunk:
                 return
 
-    def _attend(self, connection: Connection) -> None:
-        """Do what is due, and send what there is to say."""
-        now, due = time.monotonic(), connection.due()
-        if due <= now:
-            with self.lock:
-                self.units.end_late(list(connection.open.values()))
-                for claim in [claim for claim in connection.open.values() if claim.ticket.look_at <= now]:
-                    if claim.ticket.answered:
-                        self._arrived(claim)
-                    else:
-                        self._still_waiting(claim)
-        self._flush(connection)
-        if due <= now and due == connection.idle_at:
+    def _do_due(self, connection: Connection) -> None:
+        """End late claims, report what others lack, count answers as delivered. Raises TimeoutError if idle."""
+        now = time.monotonic()
+        if connection.due() > now:
+            return
+        with self.lock:
+            claims = [*connection.open.values()]
+            self.units.end_late(claims)
+            for claim in claims:
+                if claim.ticket.report_at <= now:
+                    self._report_waiting(claim)
+                if claim.ticket.confirm_by <= now:
+                    self._delivered(claim)
+        if connection.idle_at() <= now:
             error = InvalidRequest(f"no request for {IDLE_TIMEOUT} seconds; connect again when there is one")
             connection.send(encode(error_message(None, error)))
             raise TimeoutError
 
     def _line(self, connection: Connection, line: bytes) -> bool:
-        """Do one request and answer it; False if the rest of the stream cannot be trusted."""
+        """Do the request on a line and answer it; return False if the connection is to be closed."""
         request, trusted = Request(connection, len(line)), True
         try:
             result = self._call(request, line)
@@ -3372,7 +3385,7 @@ class Agent:
                 self._suggest(result.dependencies, result.unit_name)
                 if result.status == NOT_REGISTERED:
                     result.did_you_mean = self._resembling(result.unit_name)
-            if result is not None and request.id is not None:  # else it is answered later, or nobody asked for one
+            if result is not None and request.id is not None:  # else it is answered later, or not at all
                 connection.post({"id": request.id, "result": plain(result)})
         except SyncError as problem:
             error = problem
@@ -3411,25 +3424,24 @@ class Agent:
             return method(self, request, **params)
 
     def _flush(self, connection: Connection) -> None:
-        """Send what is in the outbox, and what a follower does not have yet."""
+        """Send the outbox, and then the new events to a follower."""
         while not connection.gone:
             batch = [connection.outbox[i] for i in range(min(len(connection.outbox), 200))]
-            events = [] if batch else self._unseen(connection)
-            messages = [self._message(claim, content) for claim, content in batch] or events
+            messages = [self._message(claim, content) for claim, content in batch] or self._new_events(connection)
             if not messages:
                 return
             connection.send(b"".join(map(encode, messages)))
-            for claim, content in batch:  # not before it is sent: `stop` waits for that
+            for claim, content in batch:  # `stop` waits until the outbox is empty, that is until all was sent
                 connection.outbox.popleft()
                 if claim and not connection.gone and not isinstance(content, Waiting):
                     with self.lock:
                         if claim.ticket.confirm and isinstance(content, dict):
-                            claim.ticket.look_at = time.monotonic() + CONFIRM_TIMEOUT
+                            claim.ticket.confirm_by = time.monotonic() + CONFIRM_TIMEOUT
                         else:
-                            self._arrived(claim)
+                            self._delivered(claim)
 
-    def _unseen(self, connection: Connection) -> list[dict[str, Any]]:
-        """Return the next events that a follower lacks; hang up if it is so far behind that they are forgotten."""
+    def _new_events(self, connection: Connection) -> list[dict[str, Any]]:
+        """Return the next notifications for a follower of events. Raises TimeoutError if they are forgotten."""
         if connection.following < 0:
             return []
         with self.lock:
@@ -3440,7 +3452,7 @@ class Agent:
         return [{"method": "event", "params": plain(event)} for event in events]
 
     def _message(self, claim: Claim | None, content: Any) -> Any:
-        """Return what to send: a message as it is, or what there is to say to a claim."""
+        """Return the message for an entry of the outbox. Without a claim it is one already."""
         if claim is None:
             return content
         if isinstance(content, Waiting):
@@ -3455,12 +3467,12 @@ class Agent:
         return {"id": claim.ticket.id, "result": plain(content)}
 
     def _suggest(self, rows: list[Dependency], asker: str) -> None:
-        """Note which registered name each unregistered one may mean."""
+        """Add to unregistered dependencies a registered name that resembles theirs."""
         for row in [row for row in rows if row.current_status == NOT_REGISTERED][:20]:
             row.did_you_mean = self._resembling(row.depends_on, asker)
 
     def _resembling(self, name: str, asker: str = "") -> str:
-        """Return the registered name that another one may mean: none that waits for it. Takes long."""
+        """Return a registered name that resembles another; none of a unit that depends on it. Takes long."""
         with self.lock:
             names = self.units.candidates([name, asker])
         return resembling(name, names)
@@ -3468,14 +3480,14 @@ class Agent:
     # -- under the lock -----------------------------------------------------------------------------------
 
     def _answer(self, claim: Claim, answer: Any) -> None:
-        """Leave an answer in the outbox of a claim's connection: the first, or, if it is of a boot, each."""
+        """Post a notification, or the answer to a claim: one, unless it is a boot's."""
         request = claim.ticket
-        if request is None:  # of who has gone, or of a stop of our own
+        if request is None:  # the connection is closed, or this is the agent's own stop
             return
         if isinstance(answer, Notice):
             request.connection.post(plain(answer))
         elif not request.answered:
-            request.answered, request.look_at, claim.deadline = not claim.boot, NEVER, NEVER
+            request.answered, request.report_at, claim.deadline = not claim.boot, NEVER, NEVER
             request.connection.post(answer, claim)
 
     def _event(self, event: Event) -> None:
@@ -3485,23 +3497,23 @@ class Agent:
         for follower in self.followers:
             follower.wake_up.wake()
 
-    def _still_waiting(self, claim: Claim) -> None:
+    def _report_waiting(self, claim: Claim) -> None:
         request = claim.ticket
-        request.look_at += REPORT_EVERY
+        request.report_at += REPORT_EVERY
         missing = self.units.dependencies(claim.unit, unmet_only=True)
         request.connection.post(Waiting(missing, round(time.monotonic() - request.since, 3)), claim)
 
-    def _arrived(self, claim: Claim) -> None:
+    def _delivered(self, claim: Claim) -> None:
         connection = claim.ticket.connection
-        connection.idle_at = time.monotonic() + IDLE_TIMEOUT
-        if not claim.boot:  # which was answered long ago: its id may be in use again
+        connection.active_at = time.monotonic()
+        if not claim.boot:  # the request of a boot was answered before, so that its id may be in use again
             connection.open.pop(claim.ticket.id, None)
         self.units.delivered(claim)
-        # Who holds a unit is not idle, even if others have ended it meanwhile. Of `start --pid`, the process holds it.
+        # A connection that holds a unit is not idle, even after others have ended that; a `start --pid` holds none.
         if not claim.held or not claim.unit.name or claim in self.owners:
             connection.claims.pop(claim, None)
 
-    # -- the methods of the protocol, under the lock: each returns its result, or None if the answer comes later --
+    # -- methods of the protocol, under the lock; each returns its result, or None if the answer comes later ------
 
     def do_ping(self, request: Request) -> Any:
         return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
@@ -3525,11 +3537,10 @@ class Agent:
         supervisor: bool = False,
         caller: int = 0,
     ) -> None:
-        """Claim a unit.
+        """Claim a unit. With `hold` the unit fails if the connection closes before the unit has ended.
 
-        With `hold` it fails if the connection closes before it has ended. A `supervisor` holds it until its command
-        has ended, too, which it says by `exited`; it is told to end the command by the notification `stop`,
-        and by `unit` that others have ended the unit.
+        A `supervisor` holds it until its command has ended, too, which `exited` reports. It gets the notification
+        `stop` when it is to end the command, and `unit` when others have ended the unit.
         """
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
@@ -3544,7 +3555,7 @@ class Agent:
         claim = request.connection.open.get(id)
         confirmed = claim is not None and claim.ticket.answered
         if claim and confirmed:
-            self._arrived(claim)
+            self._delivered(claim)
         return {"confirmed": confirmed}
 
     def do_wait(
@@ -3560,12 +3571,12 @@ class Agent:
         self._expect(request, lambda: self.units.wait(units, request, requires, timeout), progress)
 
     def _expect(self, request: Request, ask: Callable[[], Claim], progress: bool = False) -> Claim:
-        """Return the claim that a request asks for, which is answered later or has just been."""
+        """Return the claim that `ask` makes, and keep it until it is answered. `progress` is for `waiting`."""
         if request.id is None:
             raise InvalidRequest('start, wait and stop need an "id"')
         self._may_begin()
         if progress:
-            request.look_at = request.since  # at once
+            request.report_at = request.since  # that is at once
         claim = request.connection.open[request.id] = ask()
         self._keep(request.connection, [claim])
         return claim
@@ -3575,7 +3586,7 @@ class Agent:
             raise Unreachable("the agent is shutting down")
 
     def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
-        """Have claims end with a connection; of one that has asked for much, forget those that are over."""
+        """Let claims end with a connection. Forget its old ones that are over, if there are many."""
         connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MANY_CLAIMS:
             connection.claims = {c: None for c in connection.claims if not c.is_over()}
@@ -3583,12 +3594,12 @@ class Agent:
     def do_boot(
         self, request: Request, units: Sequence[Object] = (), jobs: int = 0, more: bool = False, resume: bool = False
     ) -> Any:
-        """Claim all units, as their supervisor, or, with `more`, gather them. Of `resume` see Units.boot."""
+        """Claim all units as their supervisor. `more`: the boot goes on in a further request. See Units.boot."""
         self._may_begin()
         connection = request.connection
-        members, connection.members = connection.members, []  # after a refusal none of them is left
-        connection.parts = request.size + (connection.parts if members else 0)
-        if connection.parts > MAX_BOOT:
+        members, connection.members = connection.members, []  # forgotten after an error
+        connection.members_size = request.size + (connection.members_size if members else 0)
+        if connection.members_size > MAX_BOOT:
             raise Refused(f"a boot of more than {MAX_BOOT >> 20} MiB is too large")
         for row in units:
             name, wants, locks = row.get("unit"), row.get("wants", {}), row.get("locks", [])
@@ -3607,7 +3618,7 @@ class Agent:
     def do_complete(
         self, request: Request, unit: str, env: Object = NO_ENVIRONMENT, running: bool = False, caller: int = 0
     ) -> Any:
-        """End a unit well; with `running` its command runs on, until its supervisor, who reports, says `exited`."""
+        """End a unit with success. `running`: its command runs on until the supervisor calls `exited`."""
         return self._end(request, unit, caller, Outcome(COMPLETED, "", 0, "", running, check_environment(env)))
 
     def do_fail(self, request: Request, unit: str, reason: str = "", exit_code: int = 0, caller: int = 0) -> Any:
@@ -3615,19 +3626,19 @@ class Agent:
         return self._end(request, unit, caller, Outcome(FAILED, one_line(reason), exit_code or None))
 
     def _end(self, request: Request, unit: str, caller: int, outcome: Outcome) -> Any:
-        """End a unit. Who reports that matters only if somebody's start of it was refused."""
-        known = self.units.units.get(unit)
-        by = request.connection.caller(False, caller) if known and known.refused else None
-        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._claim_of(request, unit))}
+        """End a unit. The caller matters only if a start of the unit was refused."""
+        node = self.units.units.get(unit)
+        by = request.connection.caller(False, caller) if node and node.refused else None
+        return {"unit": unit, "status": self.units.end(unit, outcome, by, self._last_claim(request, unit))}
 
-    def _claim_of(self, request: Request, unit: str) -> Claim | None:
-        """Return the claim on a unit that was granted last, if it is the connection's."""
-        known = self.units.units.get(unit)
-        return known.last if known and known.last in request.connection.claims else None
+    def _last_claim(self, request: Request, unit: str) -> Claim | None:
+        """Return the held claim on a unit that was granted last, if it is the connection's."""
+        node = self.units.units.get(unit)
+        return node.last if node and node.last in request.connection.claims else None
 
     def _held(self, request: Request, unit: str) -> Claim:
-        """Return the claim that a connection has, or had last, on a unit. Raises Refused if it has none."""
-        claim = self._claim_of(request, unit)
+        """As `_last_claim`, but raise Refused if there is none."""
+        claim = self._last_claim(request, unit)
         if not claim:
             raise Refused(f'unit "{one_line(unit)[:60]}" is not held by this connection')
         return claim
@@ -3643,7 +3654,7 @@ class Agent:
         return {"unit": unit}
 
     def do_probing(self, request: Request, unit: str, error: str = "") -> Any:
-        """Note what the last try of the probe of a unit lacked."""
+        """Note why the last try of the probe of a unit has failed."""
         self._held(request, unit).unit.facts.probe_error = one_line(error)
         return {"unit": unit}
 
@@ -3656,14 +3667,14 @@ class Agent:
         return {"unit": unit}
 
     def do_exited(self, request: Request, unit: str, reason: str = "", code: int = 0, stopped: bool = False) -> Any:
-        """End a supervisor's claim: the command has ended."""
+        """End a supervisor's claim, since the command has ended. See Units.exit."""
         self.units.exit(self._held(request, unit), one_line(reason), code, stopped)
         return {"unit": unit}
 
     def do_stop(self, request: Request, units: Sequence[str] = (), grace: float = GRACE) -> None:
-        """Stop units and what depends on them, or all: see Units.stop. It goes on if the connection closes."""
+        """Stop units; this goes on if the connection closes. See Units.stop."""
         self._expect(request, lambda: self.units.stop(units, request, grace))
-        self._owners_wake.wake()  # who keeps time
+        self._owners_wake.wake()  # the owners' thread calls keep_time
 
     def do_reset(self, request: Request, units: Sequence[str] = ()) -> Any:
         return {"units": self.units.reset(units)}
@@ -3682,7 +3693,7 @@ class Agent:
         return {"env": self.units.environment(unit)}
 
     def do_events(self, request: Request, since: int = 0, follow: bool = False) -> Any:
-        """Return what happened after event `since`; with `follow`, what happens next comes as notifications `event`."""
+        """Return the events after number `since`. With `follow`, later ones are sent as notifications `event`."""
         if follow:
             request.connection.following = self.units.seq
             self.followers.add(request.connection)
@@ -3691,7 +3702,7 @@ class Agent:
     def do_shutdown(self, request: Request) -> Any:
         if not self.leaving:  # a second signal would leave services no time
             self.log.say("shutdown was called" + owner_text(request.connection.caller(False), " by "))
-            os.kill(os.getpid(), signal.SIGTERM)  # which ends us however we were started
+            os.kill(os.getpid(), signal.SIGTERM)  # ends the process, whether it is an agent only or a boot, too
             self.leaving = True
         return {}
 
@@ -3699,12 +3710,12 @@ class Agent:
 
     @staticmethod
     def _knows_pids_of(connection: Connection) -> bool:
-        """Return whether a peer is in our process namespace, so that a pid that it tells is the same process here."""
+        """Return whether a peer is in our process namespace, so that a pid means the same process to both."""
         peer = who_is_at(connection.sock)[0]
         return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
-        """Return the process that is to own a unit. Raises Refused if there is none."""
+        """Return the process with a pid, as an owner. Raises Refused if there is none."""
         if not self._knows_pids_of(connection):
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
         if pid < 0 or birth(pid) == "":
@@ -3719,7 +3730,7 @@ class Agent:
         return now == owner.born if owner.born else None
 
     def _watch(self, claim: Claim, owner: Owner) -> None:
-        """Have the owners' thread notice when the process of a claim ends. Called under the lock."""
+        """Let the owners' thread end a claim when its process has ended. Called under the lock."""
         self.owners[claim] = None
         try:
             self.owners[claim] = io.FileIO(getattr(os, "pidfd_open")(owner.pid))  # noqa: B009  (mypy has it from 3.9 on)
@@ -3728,10 +3739,7 @@ class Agent:
         self._owners_wake.wake()
 
     def _look_at_owners(self) -> None:
-        """Wait until an owner ends, or a stop is due to go on: a step of the owners' thread.
-
-        Where there is no pidfd it looks every second.
-        """
+        """Wait until an owner ends, or until Units.keep_time is due. Without a pidfd, check the owner each second."""
         self._owners_wake.awake = False
         with self.lock:
             self.owners = {claim: file for claim, file in self.owners.items() if not claim.is_over()}
@@ -3744,21 +3752,21 @@ class Agent:
         with self.lock:
             self.units.end_claims(gone, "the process that was to own it has ended")
 
-    # -- for whoever hosts it ------------------------------------------------------------------------------
+    # -- for the process that hosts the agent --------------------------------------------------------------
 
     def retire(self) -> bool:
-        """Take no more claims, unless a boot of somebody else has some; return whether none has."""
+        """Take no more claims, unless a boot still has claims; return whether none has."""
         with self.lock:
             claims = [claim for connection in self.connections for claim in connection.claims if claim.boot]
             self.leaving = self.leaving or all(claim.is_over() for claim in claims)
             return self.leaving
 
     def stop_units(self, everything: bool, grace: float) -> Stop | None:
-        """Begin to stop what runs on, or all that supervisors run; let nothing else begin. None if nothing runs."""
+        """Begin to stop commands that run on, or all that have a supervisor, and start none. None if there are none."""
         with self.lock:
             self._turn_away()
-            nodes = self.units.units.values()
-            names = [u.name for u in nodes if u.facts.running_on or (everything and u.supervisor())]
+            units = self.units.units.values()
+            names = [u.name for u in units if u.facts.running_on or (everything and u.supervisor())]
             if not names:
                 return None
             stop = self.units.stop([] if everything else names, None, grace)
@@ -3766,35 +3774,35 @@ class Agent:
         return stop
 
     def _turn_away(self) -> None:
-        """Answer everybody who waits that the agent is about to end. Called under the lock."""
+        """Take no more claims, and answer those that wait with Unreachable. Called under the lock."""
         self.leaving = True
         for claim in [claim for connection in self.connections for claim in connection.open.values()]:
             self._answer(claim, Unreachable("the agent is shutting down"))
 
     def stop(self) -> None:
-        """Answer everybody who waits that it is over, and wait for a moment until what there is to say is said."""
+        """Answer all claims that wait, and give the connections a second to send what is in their outboxes."""
         with self.lock:
             self._turn_away()
-            connections, self.connections = self.connections, set()  # whose ends change nothing any more
+            connections, self.connections = self.connections, set()  # when these close no claim ends
         deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
             time.sleep(0.002)
 
 
 METHODS = {name[3:]: method for name, method in vars(Agent).items() if name.startswith("do_")}
-QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # which change nothing
+QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # methods that change nothing
 
 
 def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) -> Any:
-    """Return a socketserver on a listening socket: each connection has a thread, and at most `most` are open at once.
+    """Return a socketserver on a listening socket, with a thread for each connection, and at most `most` of them.
 
-    What socketserver calls a request is a Connection here. `look` is called now and then, and after each of them.
+    The requests of socketserver are Connections here. `look` is called now and then, and after each new connection.
     """
     import _thread
     import socketserver
 
     def no_room(error: Exception) -> None:
-        why = trouble_of(error) or "no memory"
+        why = error_text(error) or "no memory"
         agent.log.say(f"cannot accept connections: {why}; trying again until it works", 0)
 
     class Handler(socketserver.BaseRequestHandler):
@@ -3815,7 +3823,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
             except OSError as error:
                 no_room(error)
                 time.sleep(0.05)  # do not spin
-                raise OSError from None  # for which socketserver looks again
+                raise OSError from None  # socketserver tries again
 
         def verify_request(self, request: Any, client_address: Any) -> bool:
             if len(agent.connections) < most:
@@ -3829,7 +3837,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
         def process_request(self, request: Any, client_address: Any) -> None:
             with agent.lock:
                 agent.connections.add(request)
-            # Not threading.Thread: its start() waits for ever for a thread that finds no memory to begin with.
+            # Not threading.Thread: its start() waits for ever if there is no memory for the thread.
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
         def shutdown_request(self, request: Any) -> None:
@@ -3855,10 +3863,10 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
 def listen(
     at_end: ExitStack, path: str, mode: int, group: int, replace: Callable[[str], bool] | None, again: bool = False
 ) -> Any:
-    """Return a socket that listens at `path`; at the end it is removed, and PATH.lock. Raises Refused.
+    """Return a socket that listens at `path`. `at_end` will remove it, and PATH.lock. Raises Refused.
 
-    It and the directories that are missing (a /run is empty at every boot) are for us alone from their first moment,
-    until the socket gets its mode and, unless it is -1, its group. `again`: we have the lock already.
+    Missing directories (a /run is empty at every boot) are made. They, and the socket until it gets its mode and its
+    group (-1: none), are accessible to us only. `again`: we hold the lock already.
     """
     if len(os.fsencode(path)) > (103 if sys.platform == "darwin" else 107):
         raise Refused(f"{path}: too long for a socket path; choose a shorter --socket-path")
@@ -3883,7 +3891,7 @@ def listen(
         sock.listen(4096)
         return sock
     except OSError as error:
-        raise Refused(f"cannot {doing}: {trouble_of(error)}; choose another --socket-path") from None
+        raise Refused(f"cannot {doing}: {error_text(error)}; choose another --socket-path") from None
     finally:
         os.umask(before)
 
@@ -3892,24 +3900,24 @@ END_IT = "end it with `shutdown`, take its place with `serve --replace`,"
 
 
 def in_the_way(what: str, do: str = "remove it") -> Refused:
-    """Return the error for what is at a path already."""
+    """Return the error for a path that is in use."""
     return Refused(f"{what}; {do} or choose another --socket-path")
 
 
 def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io.FileIO:
-    """Hold the lock of `path`, so that of two agents starting at once one wins; return its file.
+    """Lock the file `lock`, so that one agent at a time serves `path`; return the file.
 
-    Raises Refused if another process holds it, unless it is to be replaced: then it is asked to end, and loses the
-    file if it does not. The file is removed by its holder, so the one that was locked may not be the one that is there
-    now; then it begins again. What others may have put there is not written to.
+    Raises Refused if another process has locked it, or, if that is to be replaced, ask it to end, and remove the file
+    if it does not. Its holder removes the file, too: so start again if the file that was locked is not the one in the
+    directory. Never write to a file that others may have put there.
     """
     import fcntl
 
     deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
     while True:
         late = replace and (not replace(path) or time.monotonic() > deadline)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody waits for the other end of a pipe
-        file = io.FileIO(os.open(lock, flags, 0o600), "r+")  # which closes itself
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # do not wait for the other end of a pipe
+        file = io.FileIO(os.open(lock, flags, 0o600), "r+")  # closed by its destructor
         found = os.fstat(file.fileno())
         try:
             if not stat.S_ISREG(found.st_mode):
@@ -3926,7 +3934,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
                 pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
-            if holder not in (0, found.st_mtime_ns):  # another has taken its place, and has the same time to end
+            if holder not in (0, found.st_mtime_ns):  # another agent has taken its place, and has as much time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
                 remove(lock, found)
@@ -3937,7 +3945,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
 
 
 def file_owner(path: str) -> str:
-    """Return whose a file is, for a message, if it is neither ours nor root's."""
+    """Return the owner of a file, for a message; nothing if that is root or us."""
     try:
         uid = os.lstat(path).st_uid
     except OSError:
@@ -3958,7 +3966,7 @@ def bind(path: str, replace: bool) -> Any:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(1)
             answer = errno.ECONNREFUSED if replace else probe.connect_ex(path)
-        if answer in (0, errno.EAGAIN):  # somebody takes connections, or is too busy to
+        if answer in (0, errno.EAGAIN):  # connections are accepted, or the backlog is full
             raise in_the_way(f"somebody is serving {path} already", END_IT)
         if answer != errno.ECONNREFUSED:
             raise OSError(answer, os.strerror(answer))
@@ -3969,7 +3977,7 @@ def bind(path: str, replace: bool) -> Any:
 
 
 def notify(state: str) -> None:
-    """Tell the supervisor; the protocol is that of sd_notify(3). That there is none is no error."""
+    """Send a state to the service manager that started us, if any, as sd_notify(3) does."""
     import socket
 
     address = getenv("NOTIFY_SOCKET")
@@ -3983,16 +3991,16 @@ def notify(state: str) -> None:
 
 
 def detach() -> int:
-    """Go on in a background process; return there a descriptor that wants a byte when it is ready.
+    """Go on in a background process; return a descriptor to which it writes a byte when it is ready.
 
-    The process that was called ends here: well when the other is ready, else as that does, which has said why.
+    The process that was called exits here: with 0 when the other is ready, or with the exit status of the other.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be no exit status
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, waitpid has no exit status
     child, link = in_background()
     if child:
         code = 0 if os.read(link, 1) else exit_code_of(os.waitpid(child, 0)[1])
         if code < 0:
-            put(f"error: the agent ended before it was ready: {ending(code)}\n", 2)
+            put(f"error: the agent ended before it was ready: {exit_text(code)}\n", 2)
         sys.exit(shell_status(code))
     os.chdir("/")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -4001,7 +4009,7 @@ def detach() -> int:
 
 
 class Host(Record):
-    """An agent that listens at a path while a `with` block runs, and takes connections once `accept` is called."""
+    """An agent that listens at a path during a `with` block, and accepts connections from a call of `accept` on."""
 
     path: str  # absolute
     mode: int = 0o600
@@ -4009,10 +4017,10 @@ class Host(Record):
     level: int = 0  # of the log: 0 quiet, 1, 2 verbose
     log_file: str = ""
     pid_file: str = ""
-    replace: Callable[[str], bool] | None = None  # is called with the path while there is another agent
-    timeline: Callable[[Graph], None] | None = None  # is called with the graph at the end
-    alone: bool = False  # the process is nothing but the agent, so that its limit of descriptors may be raised
-    advice: str = ""  # for the log
+    replace: Callable[[str], bool] | None = None  # called with the path while there is another agent
+    timeline: Callable[[Graph], None] | None = None  # called with the graph at the end
+    alone: bool = False  # the process is an agent only, so that its limit of file descriptors may be raised
+    advice: str = ""  # a line for the log
 
     def __enter__(self) -> Host:
         """Listen. Raises Refused."""
@@ -4028,17 +4036,17 @@ class Host(Record):
                 at_end.callback(log.close)
                 if self.pid_file:
                     with open(open_file(self.pid_file, WRITE), "w", encoding="ascii") as file:
-                        if os.path.isfile(self.pid_file):  # and no device
+                        if os.path.isfile(self.pid_file):  # not a device
                             at_end.callback(remove, self.pid_file, os.fstat(file.fileno()))
                         file.write(f"{os.getpid()}\n")
                 self.agent = Agent(log)
                 self.server = make_server(self.agent, self.sock, connection_limit(self.alone), self.look)
                 self.accepting = threading.Event()
-                threading.Thread(target=self._accept, daemon=True).start()  # while there is room for a thread
+                threading.Thread(target=self._accept, daemon=True).start()  # now, since it can fail
             except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: no thread is left
                 path = getattr(error, "filename", None) or self.pid_file
                 doing, hint = (f"write {path}", "") if path else ("serve", "; is there a limit?")
-                raise Refused(f"cannot {doing}: {trouble_of(error)}{hint}") from None
+                raise Refused(f"cannot {doing}: {error_text(error)}{hint}") from None
             self._at_end = at_end.pop_all()
         log.say(f"listening at {self.path} (pid {os.getpid()})")
         if self.advice:
@@ -4046,7 +4054,7 @@ class Host(Record):
         return self
 
     def accept(self) -> None:
-        """Begin to take connections."""
+        """Begin to accept connections."""
         self.accepting.set()
 
     def _accept(self) -> None:
@@ -4054,7 +4062,7 @@ class Host(Record):
         self.agent.for_ever("accepting connections", self.server.accept)
 
     def look(self) -> None:
-        """Listen anew if the socket's file was removed: nobody could reach us."""
+        """Listen anew if the file of the socket was removed, since clients cannot connect any more."""
         if not self.agent.leaving and not os.path.lexists(self.path):
             try:
                 with listen(self._at_end, self.path, self.mode, self.group, None, again=True) as new:
@@ -4064,18 +4072,18 @@ class Host(Record):
                 self.agent.log.say(f"{self.path} was removed: {error}", 0)
 
     def stop_units(self, loop: Loop, everything: bool) -> None:
-        """Have supervisors end what runs on, or all that they run, within GRACE; a signal leaves them no more time."""
+        """Stop the commands that run on, or all, within GRACE, or at once if a signal comes."""
         stop = self.agent.stop_units(everything, GRACE)
         if stop:
             self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")
         while stop in self.agent.units.stops:
             if loop.turn(time.monotonic() + 0.05):
                 self.agent.stop_units(everything, 0.0)
-        if stop and stop.answer["left"]:
-            self.agent.log.say(f"still running: {some_names([row.unit for row in stop.answer['left']])}", 0)
+        if stop and stop.result["left"]:
+            self.agent.log.say(f"still running: {some_names([row.unit for row in stop.result['left']])}", 0)
 
     def __exit__(self, *error: object) -> None:
-        """Tell who waits that it is over; remove the files."""
+        """Answer all clients that wait, and remove the files."""
         self.agent.stop()
         if self.timeline:
             with self.agent.lock:
@@ -4085,7 +4093,7 @@ class Host(Record):
 
 
 def serve(host: Host, background: bool = False) -> None:
-    """Be an agent until a signal. Raises Refused."""
+    """Run an agent until a signal comes. Raises Refused."""
     ready = detach() if background else -1
     with host:
         loop = Loop(STOPS)
@@ -4106,7 +4114,7 @@ def serve(host: Host, background: bool = False) -> None:
 
 
 def serve_command(host: Host, command: list[str]) -> int:
-    """Be an agent for the life of a command, then end what its units have left; return its exit status.
+    """Run an agent and a command, then stop what its units have left running; return the exit status of the command.
 
     Raises Refused, CommandError.
     """
@@ -4122,18 +4130,18 @@ def serve_command(host: Host, command: list[str]) -> int:
 
 
 def connection_limit(raise_it: bool) -> int:
-    """Return how many connections the limit of descriptors leaves room for; raise it first if nobody else is here."""
+    """Return how many connections the limit of file descriptors allows; with `raise_it`, raise the limit first."""
     import resource
 
     each = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)  # macOS gives no more
-    if raise_it and open_files() < wanted:
+    if raise_it and max_descriptors() < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (ValueError, OSError):
             pass
-    return max(1, min(MAX_CONNECTIONS, (open_files() - 24) // each))
+    return max(1, min(MAX_CONNECTIONS, (max_descriptors() - 24) // each))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4811,13 +4819,13 @@ def sentence(unit: UnitStatus, now: float, its_obstacles: Mapping[str, str]) -> 
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Run. A unit's command: is it ready, what does it leave to others, its tries, its limits; then `run` and `wait`.
+# Run. A unit's command: its probe, its variables for other units, its tries and deadlines; then `run` and `wait`.
 # ----------------------------------------------------------------------------------------------------------
 
-# -- is it ready? ---------------------------------------------------------------------------------------------
-TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
-CHECK_TIMEOUT = 1.0  # seconds for the try before the command is run
-FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
+# -- probes -------------------------------------------------------------------------------------------------
+TRY_TIMEOUT = 5.0  # seconds for one try over a network; a command has no limit of its own
+CHECK_TIMEOUT = 1.0  # seconds for the check before the command is run
+FIRST_REPORT = 3.0  # seconds until the first message that a probe has not succeeded yet
 PROBE_FORMS = {  # when each succeeds
     "tcp:[HOST:]PORT": "the port accepts connections",
     "unix:PATH": "the socket accepts connections",
@@ -4830,9 +4838,9 @@ PROBES = ", ".join([*PROBE_FORMS][:4]) + ", or a command for `sh -c`"
 
 
 def address_of(text: str, port: int = 0) -> tuple[str, int]:
-    """Return host, empty for this machine, and port of `[HOST:]PORT`, or with a default port of `HOST[:PORT]`.
+    """Return the host and port of `[HOST:]PORT`, or of `HOST[:PORT]` if `port` is the default. No host: this machine.
 
-    Raises UsageError for what no host and no port can be.
+    Raises UsageError.
     """
     host, _, number = text.rpartition(":")
     if port and (":" not in text or text[-1:] == "]"):
@@ -4847,13 +4855,13 @@ def address_of(text: str, port: int = 0) -> tuple[str, int]:
 
 
 def shown_probe(text: str) -> str:
-    """Return a probe as a message may have it, in short."""
+    """Return a probe for a message: without password, and not too long."""
     text = one_line(without_password(text))
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 class Probe:
-    """What is to be tried, in parts. Raises UsageError for what can be known to be wrong without a try."""
+    """A probe in its parts. Raises UsageError if it is not valid."""
 
     def __init__(self, text: str) -> None:
         kind, colon, rest = text.partition(":")
@@ -4863,33 +4871,33 @@ class Probe:
         if "\0" in text:
             raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
         if self.kind == "tcp":
-            self.address = address_of(self.plain(rest.strip("/")))
+            self.address = address_of(self.literal(rest.strip("/")))
         elif self.kind == "http" and rest[:2] == "//" and text.isprintable() and " " not in text:
             authority, _, path = rest[2:].partition("/")
             who, _, host = authority.rpartition("@")
-            self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
+            self.address, self.path = address_of(self.literal(host), 80), "/" + path.partition("#")[0]
             self.header = f"Host: {host}\r\n"
             if who:
                 from base64 import b64encode
                 from urllib.parse import unquote_to_bytes
 
                 self.header += f"Authorization: Basic {b64encode(unquote_to_bytes(who)).decode()}\r\n"
-        elif not text or (self.kind in ("unix", "file") and not self.plain(rest)):
+        elif not text or (self.kind in ("unix", "file") and not self.literal(rest)):
             raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
         elif self.kind == "http" or (self.kind == "command" and kind.isalnum() and (colon or kind.isdecimal())):
             hint = f"; write a command: curl -fs {self.shown}" if text.startswith("https://") else ""
             hint = hint or "; use tcp:, unix:, http://, file:, notify or a command"
             raise UsageError(f"{ascii(self.shown)[:60]} is no probe{hint}")
 
-    def plain(self, text: str) -> str:
-        """Return a part in which nothing is left to a shell. Raises UsageError."""
+    def literal(self, text: str) -> str:
+        """Return a part of the probe. Raises UsageError if a shell would expand it."""
         if text[:1] == "~" or set(text) & set("$`*"):
             raise UsageError(f"{ascii(self.shown)[:60]}: nothing is expanded in it; write it out, or write a command")
         return text
 
 
 def connect(probe: Probe) -> Any:
-    """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    """Return a connected socket; without a host, try IPv6, then IPv4, of this machine. Raises OSError."""
     from socket import AF_UNIX, create_connection, socket
 
     host, port = probe.address
@@ -4907,7 +4915,7 @@ def connect(probe: Probe) -> Any:
 
 
 def http_status(sock: Any, probe: Probe) -> int:
-    """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
+    """Return the HTTP status of the answer, which must come within TRY_TIMEOUT in all. Raises OSError."""
     deadline, line = time.monotonic() + TRY_TIMEOUT, b""
     sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
     while b"\n" not in line and len(line) < 1024:
@@ -4920,7 +4928,7 @@ def http_status(sock: Any, probe: Probe) -> int:
 
 
 def listener(host: str, port: int) -> int:
-    """Return the process that listens at a port of this machine; 0 if that cannot be told."""
+    """Return the pid of the process that listens at a port of this machine; 0 if unknown."""
     ours = os.getpid()
     if host not in ("", "localhost", "127.0.0.1", "::1"):
         return 0
@@ -4930,13 +4938,13 @@ def listener(host: str, port: int) -> int:
         try:
             if any(os.readlink(entry.path) in found for entry in os.scandir(f"/proc/{pid}/fd")):
                 return int(pid)
-        except OSError:  # it has gone, or is not ours to look at
+        except OSError:  # it has ended, or we may not read it
             pass
     return 0
 
 
 def file_state(path: str) -> tuple[int, ...]:
-    """Return what changes when a file does, nothing if there is none."""
+    """Return values of a file that differ after any change; empty if there is no file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -4945,10 +4953,10 @@ def file_state(path: str) -> tuple[int, ...]:
 
 
 class Prober:
-    """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
+    """Tries a probe until it succeeds, or `once`, in a thread of its own; `fileno` is readable afterwards.
 
-    With `once`, it makes a single try. With `changed`, a file counts only if it has changed since. `error` says why the
-    last try failed. Raises OSError, RuntimeError.
+    With `changed`, a file counts only if it has changed since. `error` says why the last try failed, and is empty if it
+    succeeded. Raises OSError, RuntimeError.
     """
 
     def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
@@ -4957,7 +4965,7 @@ class Prober:
         self.error = "its first try has not ended"
         self.probe, self._env = Probe(text), env
         self._old = file_state(self.probe.path) if changed else ()
-        self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
+        self._peer = self._pid = 0  # pids: the listener at a Unix socket; the probe's command
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
         try:
@@ -4976,12 +4984,12 @@ class Prober:
         return not self.error
 
     def close(self) -> None:
-        """Make no more tries, and kill a command that is being tried, with all that it has started."""
+        """Make no more tries, and kill the probe's command with all its processes."""
         self._closed.set()
         with self._lock:
             if self._pid:
-                family = Family(self._pid, own=True, mark="")
-                family.look(Processes)
+                family = Family(self._pid, leads=True, mark="")
+                family.scan(Processes)
                 family.kill()
         os.close(self._ready)
 
@@ -5017,12 +5025,12 @@ class Prober:
                 status = http_status(sock, probe) if probe.kind == "http" else 0
             return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
-            return trouble_of(error)
+            return error_text(error)
 
     def _command(self) -> str:
-        """Run the probe's command, and end with KILL all that it leaves; return what is lacking.
+        """Run the probe's command, and kill what is left of its process group; return why it failed.
 
-        Its exit status comes through a pipe, since a Loop takes that of each child.
+        Its exit status comes through a pipe, since a Loop reaps all children.
         """
         command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self.probe.text]
         with open(null(), "rb", 0) as nothing:
@@ -5038,14 +5046,14 @@ class Prober:
             self._pid = 0
         if not status:
             return "it was killed"
-        return "" if status == b"0" else ending(int(status))
+        return "" if status == b"0" else exit_text(int(status))
 
 
-class Notified:
-    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it, by any process of the unit.
+class NotifySocket:
+    """A Prober for `notify`: it succeeds when a process sends READY=1 to the socket at `path`, as in sd_notify(3).
 
-    Only its path, which cannot be guessed, protects it, since a command may have become another user. It is to be
-    read until the command has ended: systemd-notify(1) sends a descriptor after READY=1, and fails unless it is taken.
+    Any user may send, since a command may change its user, but the path cannot be guessed. The socket must be read
+    until the command has ended: systemd-notify(1) sends a file descriptor after READY=1, and fails if it is not read.
     Raises OSError.
     """
 
@@ -5065,9 +5073,9 @@ class Notified:
         return self._sock.fileno()
 
     def ready(self) -> bool:
-        """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
+        """Read messages, and close file descriptors in them; return whether READY=1 was ever received."""
         if not self.error:
-            time.sleep(0.005)  # a sender without end is slowed down, not followed
+            time.sleep(0.005)  # slow down a process that sends without end
         try:
             for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
@@ -5077,21 +5085,21 @@ class Notified:
         return not self.error
 
     def close(self) -> None:
-        """Listen no more."""
+        """Close and remove the socket."""
         self._sock.close()
-        remove(self._path)  # unless the command did
+        remove(self._path)
 
 
-# -- what a command leaves to others ----------------------------------------------------------------------------
+# -- variables for other units ------------------------------------------------------------------------------
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
 NO_DIRECTORY = "$CODER_SYNC_ENV is empty: no directory for it can be written, not even /tmp or /dev/shm"
 
 
 def private_directory() -> str:
-    """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
+    """Create a directory that others can enter but not list; return its path, empty if none can be created."""
     for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
         path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
-        if len(os.fsencode(path)) <= 80:  # a socket can be in it
+        if len(os.fsencode(path)) <= 80:  # short enough for the path of a socket in it
             try:
                 os.mkdir(path)
                 os.chmod(path, 0o711)
@@ -5102,7 +5110,7 @@ def private_directory() -> str:
 
 
 def remove_directory(path: str) -> None:
-    """Remove a private directory with all that a command may have left in it."""
+    """Remove a private directory with all that is in it."""
     try:
         os.rmdir(path)
     except OSError:
@@ -5112,7 +5120,7 @@ def remove_directory(path: str) -> None:
 
 
 def exported(path: str) -> dict[str, str]:
-    """Return the lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
+    """Return the variables that a command has written to $CODER_SYNC_ENV. Raises Refused, without any value."""
     too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
         with open(open_file(path), "rb") as file:
@@ -5143,28 +5151,27 @@ PING_AFTER = 5.0  # seconds of silence
 
 
 class Link:
-    """A supervisor's connection to the agent, on which it does not wait for answers.
+    """A supervisor's connection to the agent, with a callback for the answer to each request.
 
-    Each request is answered exactly once: by the agent, or with an Unreachable once the agent is gone, after `gone` was
-    called with it. `news` is called with each notification. Calls come from `take` and `keep_time`, never from `ask`.
-    An agent that has left a request unanswered for `patience()` seconds is gone, which is found out by a ping now and
-    then, unless patience has no end.
+    Each request gets one answer: the agent's, or, when the agent is lost, Unreachable, after `gone` was called with
+    it. `notified` is called with each notification. `receive` and `keep_time` call back, but never `request`.
+    The agent is lost when it has left a request unanswered for `patience()` seconds. A silent agent is pinged.
     """
 
     def __init__(
-        self, loop: Loop, news: Callable[..., None], gone: Callable[..., object], patience: Callable[[], float]
+        self, loop: Loop, notified: Callable[..., None], gone: Callable[..., object], patience: Callable[[], float]
     ) -> None:
-        self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
+        self._loop, self._notified, self._gone, self._patience = loop, notified, gone, patience
         self._channel: Channel | None = None  # while there is an agent
-        self.asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
-        self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
-        self.lost = ""  # why the agent is gone
+        self.pending: dict[int, Callable[[Object], object]] = {}  # id of a request -> callback for its answer
+        self._since = 0.0  # when the last message came, or the first of the pending requests was sent
+        self.lost = ""  # why the agent is lost
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
         self._channel, self.lost = channel, ""
-        self.asked, self._since = {}, time.monotonic()
-        self._loop.watch(channel.fileno(), self.take)
+        self.pending, self._since = {}, time.monotonic()
+        self._loop.watch(channel.fileno(), self.receive)
 
     def close(self) -> None:
         """Stop using the connection."""
@@ -5172,60 +5179,60 @@ class Link:
             self._loop.forget(self._channel.fileno())
             self._channel = None
 
-    def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
-        """Send a request; `answered` is called with the message that has its result or error."""
-        request = min([0, *self.asked]) - 1  # unless it can be sent
-        if not self.asked:
+    def request(self, method: str, callback: Callable[[Object], object] = bool, **params: Any) -> None:
+        """Send a request; call `callback` with the message that has its result or error."""
+        number = min([0, *self.pending]) - 1  # if it cannot be sent
+        if not self.pending:
             self._since = time.monotonic()
         try:
             if self._channel and not self.lost:
-                request = self._channel.request(method, **params)
+                number = self._channel.request(method, **params)
         except Unreachable as error:
             self.lost = str(error)
-        self.asked[request] = answered
+        self.pending[number] = callback
 
-    def take(self) -> None:
-        """Handle what has been received."""
+    def receive(self) -> None:
+        """Handle the messages that have arrived."""
         try:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._since = time.monotonic()
                 if "method" in message:
-                    self._news(str(message["method"]), self._channel.news(message.get("params")))
-                elif message.get("id") in self.asked:
-                    self.asked.pop(message["id"])(message)
+                    self._notified(str(message["method"]), self._channel.news(message.get("params")))
+                elif message.get("id") in self.pending:
+                    self.pending.pop(message["id"])(message)
         except Unreachable as error:
             self.lost = str(error)
 
     def keep_time(self, now: float) -> float:
-        """Handle what has come; ping a silent agent, or take it for gone. Return when to call this again."""
-        self.take()
+        """Handle messages; ping a silent agent, or count it as lost. Return when to call this again."""
+        self.receive()
         if self._channel and now >= self._due():
-            if self.asked:
+            if self.pending:
                 self.lost = self.lost or self._channel._silence(self._patience())
             else:
-                self.ask("ping")
+                self.request("ping")
         if self.lost:
             error = Unreachable(self.lost)
             if self._channel:
                 self.close()
                 self._gone(error)
-            while self.asked:
-                self.asked.pop(next(iter(self.asked)))(error_message(None, error))
+            while self.pending:
+                self.pending.pop(next(iter(self.pending)))(error_message(None, error))
         return self._due()
 
     def _due(self) -> float:
         if not self._channel:
             return NEVER
         patience = self._patience()
-        return self._since + (patience if self.asked else min(PING_AFTER, patience))
+        return self._since + (patience if self.pending else min(PING_AFTER, patience))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
 LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked for
-LOOK_EVERY = 5.0  # seconds between two looks at what a successful command has left in the background
-LOOK_OFTEN = 0.05  # seconds between two looks at what is being ended
-TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
-LAST_WAIT = 2.0  # seconds after KILL for which a process may still be there
+CHECK_EVERY = 5.0  # seconds between two checks for processes that a successful command has left
+CHECK_OFTEN = 0.05  # seconds between two checks for processes that are being ended
+ERROR_EVERY = 1.0  # seconds between two reports of a probe's error to the agent
+LAST_WAIT = 2.0  # seconds after KILL in which a process must have ended
 
 WAITING = "waiting"  # for its first try, or the next one
 CHECKING = "checking"  # whether the probe succeeds already, before the command is run
@@ -5256,9 +5263,8 @@ class Limits(Record):
 class Task:
     """A unit's command: its tries, its probe, its deadlines, its end, and the reports about it. Base of Run and Job.
 
-    It is in one state at a time. `due` has what is to be done in this state, and when; another state has another `due`.
-    After `begin`, the Loop calls `probed` and `process_ended`, and the owner calls `keep_time`. The outcome of the unit
-    is reported once.
+    `due` has the actions of the present state, and their times; another state has another `due`. After `begin`, the
+    Loop calls `probed` and `process_ended`, and the subclass calls `keep_time`. The outcome is reported once.
     """
 
     own_session = False  # whether the command gets a session of its own
@@ -5266,25 +5272,25 @@ class Task:
 
     def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits) -> None:
         self.loop, self.link, self.unit, self.command, self.limits = loop, link, unit, command, limits
-        self.command_text, self.log = command_text(command), ""  # as the agent shows them; `log` is a path
+        self.command_text, self.log = command_text(command), ""  # for the agent; `log` is the path of its output
         self.env: dict[bytes, bytes] = {}
-        self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
+        self.env_path = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
-        self.status = 0  # that says more than `code`, if not 0
-        self.tries, self.began = 0, 0.0  # how many, and when the latest one began
-        self.prober: Prober | Notified | None = None
-        self.told = ""  # what the agent knows that its probe lacks
-        self.why = ""  # the latest try failed, or was ended
-        self.kill_at = 0.0  # while it is being ended
+        self.status = 0  # exit status for `run` instead of `code`, unless 0
+        self.tries, self.began = 0, 0.0  # how many tries, and when the latest one began
+        self.prober: Prober | NotifySocket | None = None
+        self.reported_error = ""  # of the probe, as the agent knows it
+        self.why = ""  # why the latest try failed, or was ended
+        self.kill_at = 0.0  # when to send KILL, in state ENDING
         self.stopped = ""  # why there will be no further try
         self.reported = ""  # outcome of the unit: COMPLETED or FAILED
-        self.runs_on = False  # the unit has its outcome, and the agent waits for `exited`
+        self.runs_on = False  # whether the unit has its outcome, and the agent waits for `exited`
 
     def use_directory(self, path: str) -> None:
-        """Choose paths in a private directory that nobody can guess; none without a directory."""
-        self.left, self.notify_path = (path and os.path.join(path, os.urandom(8).hex()) for _ in range(2))
+        """Choose paths in a private directory that cannot be guessed; empty ones without a directory."""
+        self.env_path, self.notify_path = (path and os.path.join(path, os.urandom(8).hex()) for _ in range(2))
 
     # -- hooks for subclasses
 
@@ -5299,8 +5305,8 @@ class Task:
         if detail:
             self.report("retry", detail=detail)
 
-    def to_be_tried_again(self, detail: str, delay: float) -> None:
-        """Say that there will be a further try."""
+    def announce_retry(self, detail: str, delay: float) -> None:
+        """Print that there will be a further try."""
 
     def warn(self, text: str) -> None:
         """Print a warning."""
@@ -5313,7 +5319,7 @@ class Task:
     # -- life cycle
 
     def enter(self, state: str, due: dict[Callable[[], None], float]) -> None:
-        """Change the state, and what is due."""
+        """Change the state and the actions that are due."""
         if state not in FOLLOW[self.state]:
             raise RuntimeError(f"{self.unit}: from {self.state} to {state}")
         self.state, self.due = state, due
@@ -5321,23 +5327,23 @@ class Task:
             self.close_prober()
 
     def lives(self) -> bool:
-        """Return whether something of it may run."""
+        """Return whether a process of the command may run."""
         return self.state in (RUNNING, READY, ENDING)
 
     def keep_time(self, now: float) -> None:
-        """Do what is due."""
+        """Call the actions that are due."""
         for action in [action for action, when in self.due.items() if now >= when]:
             if self.due.get(action, NEVER) <= now:  # unless an earlier action has changed that
                 del self.due[action]
                 action()
 
     def next_due(self) -> float:
-        """Return when something is next due."""
+        """Return when the next action is due."""
         return min(self.due.values()) if self.due else NEVER
 
     def begin(self) -> None:
-        """Begin a try: first of the probe, which must not succeed yet, then of the command."""
-        remove(self.left)
+        """Begin a try: check that the probe does not succeed yet, then run the command."""
+        remove(self.env_path)
         if self.limits.ready in ("", "notify") or self.limits.ready.startswith("file:"):
             self.run()
             return
@@ -5362,7 +5368,7 @@ class Task:
 
     def run(self) -> None:
         """Run the command and begin to probe it."""
-        detail = self.next_try() if self.tries else ""
+        detail = self.retry_text() if self.tries else ""
         try:
             if self.limits.ready:
                 self.probe()
@@ -5371,52 +5377,52 @@ class Task:
             self.not_begun(error)
             return
         self.loop.children[pid] = self.process_ended
-        self.family = Family(pid, self.own_session, self.left)
-        self.why, self.told, self.began = "", "", time.monotonic()
+        self.family = Family(pid, self.own_session, self.env_path)
+        self.why, self.reported_error, self.began = "", "", time.monotonic()
         self.tries += 1
         due = {self.time_is_up: self.limits.timeout or NEVER}
         if self.prober:
-            due.update({self.not_ready: self.limits.ready_timeout or NEVER, self.tell_error: TELL_EVERY})
+            due.update({self.not_ready: self.limits.ready_timeout or NEVER, self.report_error: ERROR_EVERY})
         self.enter(RUNNING, {action: self.began + seconds for action, seconds in due.items()})
         self.begun(detail)
 
     def environment(self) -> dict[bytes, bytes]:
         """Return the environment of the command."""
-        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
+        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.env_path}  # not those of a unit that we are in
         if self.limits.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         return environment(self.env, **added)
 
     def not_begun(self, error: Exception) -> None:
-        """Wait if the system's resources are short and something of ours will free some; else the try has failed."""
+        """Begin again soon if resources are short and children of ours will free some; else the try has failed."""
         wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
         if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
-            self.enter(WAITING, {self.begin: time.monotonic() + LOOK_OFTEN})
+            self.enter(WAITING, {self.begin: time.monotonic() + CHECK_OFTEN})
         else:
             self.tries += 1
-            self.tried()
+            self.try_failed()
 
     def probe(self, once: bool = False) -> None:
-        """Begin to probe, `once` before the command is run. Raises CommandError."""
+        """Begin to probe; `once` is for the check before the command is run. Raises CommandError."""
         try:
             if self.limits.ready == "notify":
-                self.prober = Notified(self.notify_path)
+                self.prober = NotifySocket(self.notify_path)
             else:
                 self.prober = Prober(self.limits.ready, self.environment(), once, changed=not once)
         except (OSError, RuntimeError) as error:  # no descriptor, thread or directory
-            raise CommandError(f"cannot be probed: {trouble_of(error)}", 125) from error
+            raise CommandError(f"cannot be probed: {error_text(error)}", 125) from error
         self.loop.watch(self.prober.fileno(), self.checked if once else self.probed)
 
     def probed(self) -> None:
-        """Handle news of the prober."""
+        """Report that the unit has completed, if its probe has succeeded."""
         if self.prober and self.prober.ready() and self.waits_for_probe():
             self.close_prober(ended=False)
             self.complete()
 
     def waits_for_probe(self) -> bool:
-        """Return whether the unit completes when its probe succeeds, and not before."""
+        """Return whether the unit is to complete when its probe succeeds."""
         return self.state == RUNNING and self.limits.ready != "" and not self.reported
 
     def close_prober(self, ended: bool = True) -> None:
@@ -5426,28 +5432,29 @@ class Task:
             self.prober.close()
             self.prober = None
 
-    def tell_error(self) -> None:
-        """Tell the agent what the probe lacks, if that has changed."""
-        self.due[self.tell_error] = time.monotonic() + TELL_EVERY
-        if self.lack() not in ("", self.told):
-            self.told = self.lack()
-            self.link.ask("probing", unit=self.unit, error=self.told)
+    def report_error(self) -> None:
+        """Report the error of the probe, if it has changed."""
+        self.due[self.report_error] = time.monotonic() + ERROR_EVERY
+        if self.probe_error() not in ("", self.reported_error):
+            self.reported_error = self.probe_error()
+            self.link.request("probing", unit=self.unit, error=self.reported_error)
 
-    def lack(self) -> str:
-        """Return what the probe lacks; empty if nothing, or if nothing is probed."""
+    def probe_error(self) -> str:
+        """Return why the last try of the probe failed; empty if it succeeded, or nothing is probed."""
         return self.prober.error if self.prober else ""
 
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
         self.status = TimedOut.exit_code
-        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({self.lack()})")
+        probe = f"{shown_probe(self.limits.ready)} ({self.probe_error()})"
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {probe}")
 
     def time_is_up(self) -> None:
         """End the command, which takes too long."""
         self.end(f"timed out after {span(self.limits.timeout)}")
 
     def process_ended(self, code: int) -> None:
-        """Handle the end of the first process, with an exit status, -N for signal N."""
+        """Handle the end of the first process; its exit status is -N for signal N."""
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
@@ -5455,16 +5462,16 @@ class Task:
         elif self.waits_for_probe():
             to_background = code == 0 and self.limits.ready != "notify"
             hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
-            self.end(f"ended before it was ready ({ending(code)}){hint}")
+            self.end(f"ended before it was ready ({exit_text(code)}){hint}")
         elif code or self.reported == FAILED:
-            self.end(ending(code))
+            self.end(exit_text(code))
         elif self.state == RUNNING:
             self.complete()
             self.due.pop(self.time_is_up, None)
         if self.state == READY and not self.own_session and not self.limits.ready:
             self.due[self.gone] = 0.0  # `run` without a probe does not wait for what its command has left
         elif self.state == READY:
-            self.due[self.look] = 0.0 if self.runs_on else time.monotonic() + LOOK_EVERY
+            self.due[self.check_left] = 0.0 if self.runs_on else time.monotonic() + CHECK_EVERY
 
     def end(self, why: str, by: float = NEVER) -> None:
         """End all processes of the command until the time `by`, at most `grace` seconds from now.
@@ -5479,63 +5486,63 @@ class Task:
             return
         self.why, self.kill_at = why, by
         others_at = (now + by) / 2 if self.family.first else now
-        self.enter(ENDING, {self.tell_others: others_at, self.look: now})
+        self.enter(ENDING, {self.terminate_others: others_at, self.check_left: now})
         self.close_prober(ended=False)
-        self.family.look(self.loop.processes)  # a process whose parent has ended is no longer known as its child
-        self.family.tell_first()
+        self.family.scan(self.loop.processes)  # while parents live, by which their children are found
+        self.family.terminate_first()
 
-    def tell_others(self) -> None:
-        """Send TERM to the other processes."""
-        self.family.look(self.loop.processes)
-        self.family.tell_others()
+    def terminate_others(self) -> None:
+        """Send TERM to all processes but the first."""
+        self.family.scan(self.loop.processes)
+        self.family.terminate_others()
 
-    def look(self) -> None:
-        """Look whether any process is left, and go on accordingly."""
+    def check_left(self) -> None:
+        """Check whether a process is left, and go on accordingly."""
         now = time.monotonic()
-        if not self.family.look(self.loop.processes):
+        if not self.family.scan(self.loop.processes):
             self.gone()
         elif self.state == ENDING and now >= self.kill_at + LAST_WAIT:
-            left = [f"{pid} ({command_of(pid)})" for pid in self.family.left()]
+            left = [f"{pid} ({command_of(pid)})" for pid in self.family.pids()]
             self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
             self.gone()
         elif self.state == ENDING:
-            self.due[self.look] = now + LOOK_OFTEN
+            self.due[self.check_left] = now + CHECK_OFTEN
             if now >= self.kill_at:
                 self.family.kill()
         elif not self.family.first:
-            self.due[self.look] = now + LOOK_EVERY
+            self.due[self.check_left] = now + CHECK_EVERY
             if not self.runs_on:
                 self.runs_on = True
                 self.report("running")
 
     def gone(self) -> None:
-        """Go on after the last process of a try has ended."""
+        """Handle the end of the last process of a try."""
         if not self.reported:
-            self.tried()
+            self.try_failed()
             return
         self.enter(GONE, {})
         if self.runs_on:
             self.exited()
 
     def exited(self) -> None:
-        """Report that the command has ended, after the unit has got its outcome."""
+        """Report that the command has ended, after the outcome of the unit."""
         code = shell_status(self.code) or (143 if self.why else 0)
         self.report("exited", reason=self.why, code=code, stopped=bool(self.stopped and self.why))
 
-    def tried(self) -> None:
-        """Try again after a failed try, or report the failure."""
+    def try_failed(self) -> None:
+        """Prepare the next try, or report that the unit has failed."""
         if self.tries <= self.limits.retries and not self.stopped:
             delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
             delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
             self.status = 0
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
-            self.to_be_tried_again(self.next_try(), delay)
+            self.announce_retry(self.retry_text(), delay)
         else:
             self.enter(GONE, {})
             self.fail(self.why)
 
-    def next_try(self) -> str:
-        """Return the number of the next try, and why there is one."""
+    def retry_text(self) -> str:
+        """Return which try is next, and why."""
         return f"try {self.tries + 1} of {self.limits.retries + 1} after {self.why}"
 
     def stop(self, why: str, by: float = NEVER) -> None:
@@ -5543,16 +5550,17 @@ class Task:
         self.stopped = why
         if self.state in (WAITING, CHECKING):
             self.enter(GONE, {})
-            self.fail(why)
-        elif self.state != GONE:
+        if self.state != GONE:
             self.end(why, by)
+        elif not self.reported:
+            self.fail(why)
 
     # -- reports
 
     def complete(self) -> None:
-        """Report that the unit has completed, and which variables it leaves to others."""
+        """Report that the unit has completed, with its variables for other units."""
         try:
-            env = exported(self.left)
+            env = exported(self.env_path)
         except Refused as error:
             self.end(str(error))
             return
@@ -5585,8 +5593,8 @@ class Task:
                 self.due[self.time_is_up] = min(time.monotonic() + self.grace, end_by)
 
     def report(self, method: str, **params: Any) -> None:
-        """Tell the agent."""
-        self.link.ask(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
+        """Send a report to the agent."""
+        self.link.request(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
 
 
 # -- the commands -------------------------------------------------------------------------------------------
@@ -5631,7 +5639,7 @@ class Run(Task):
 
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
-        link = Link(loop, self.news, bool, self.patience)
+        link = Link(loop, self.notified, bool, self.patience)
         times = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
         given = {name: seconds for name, seconds in times.items() if seconds is not None}
         limits = Limits(args.ready or "", retries=args.retry, **given)
@@ -5653,12 +5661,12 @@ class Run(Task):
                 now = time.monotonic()
                 self.keep_time(now)
                 due = self.link.keep_time(now)
-                if self.state == GONE and not self.link.asked:
+                if self.state == GONE and not self.link.pending:
                     return self.status or shell_status(self.code) or int(self.reported == FAILED)
                 for number in self.loop.turn(min(due, self.next_due())):
                     self.signalled(number)
         finally:
-            remove(self.left)
+            remove(self.env_path)
             remove_directory(self.directory)
 
     def patience(self) -> float:
@@ -5668,23 +5676,23 @@ class Run(Task):
         return STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
 
     def signalled(self, number: int) -> None:
-        """Pass a signal on to the command, unless a key has sent it to both; there will be no further try."""
+        """Pass a signal on to the command, unless a key has sent it there, too; there will be no further try."""
         self.stopped = "stopped"
         if self.state in (WAITING, CHECKING, GONE):
             self.status = 128 + number
             self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
         elif self.family.first:
-            self.family.look(self.loop.processes)  # as in `end`
+            self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
-        else:  # its remaining processes are being ended
+        else:  # what is left of it is being ended
             self.end("", by=0.0)
 
-    def news(self, method: str, news: Answer) -> None:
-        """End the command if the agent says so; go on with it if others say that the unit is complete."""
-        if method == "stop" and news.unit == self.unit:
-            self.stop("stopped", time.monotonic() + news.grace)
-        elif method == "unit" and news.status == COMPLETED and not self.reported:
+    def notified(self, method: str, params: Answer) -> None:
+        """Handle a notification: stop, or go on as a service, since others have completed the unit."""
+        if method == "stop" and params.unit == self.unit:
+            self.stop("stopped", time.monotonic() + params.grace)
+        elif method == "unit" and params.status == COMPLETED and not self.reported:
             self.ended_by_others(COMPLETED)
 
     def begun(self, detail: str) -> None:
@@ -5693,17 +5701,17 @@ class Run(Task):
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
     def say_not_ready(self) -> None:
-        """Say what the probe lacks."""
+        """Print why the command is not ready yet."""
         now = time.monotonic()
         self.due[self.say_not_ready] = now + REPORT_EVERY
-        lacks = f"{shown_probe(self.limits.ready)} ({self.lack()})"
-        say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
+        probe = f"{shown_probe(self.limits.ready)} ({self.probe_error()})"
+        say(f"{self.unit}: not ready after {span(now - self.began)}: {probe}", 2, self.quiet)
 
-    def to_be_tried_again(self, detail: str, delay: float) -> None:
+    def announce_retry(self, detail: str, delay: float) -> None:
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
 
     def fail(self, reason: str) -> None:
-        if reason != ending(self.code):  # else the exit status says it
+        if reason != exit_text(self.code):  # else the exit status says it
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
 
@@ -5745,7 +5753,7 @@ def cmd_wait(args: Args) -> int:
 
 
 def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
-    """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
+    """Try probes until all have succeeded, a signal has come, or it is `end`; return the exit status."""
     from functools import partial
 
     loop, report_at = Loop((*STOPS, signal.SIGQUIT)), began + FIRST_REPORT
@@ -5755,44 +5763,44 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
             probers.append(Prober(probe, environment()))
             fd = probers[-1].fileno()
             loop.watch(fd, partial(loop.forget, fd))
-        while lacks := {shown_probe(text): prober.error for text, prober in zip(probes, probers) if prober.error}:
+        while errors := {shown_probe(text): prober.error for text, prober in zip(probes, probers) if prober.error}:
             now = time.monotonic()
             if now >= end:
-                rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
-                put(f"timeout waiting for {some_names([*lacks])}\n{rows}", 2)
+                rows = "".join(f"  {probe}: {error}\n" for probe, error in errors.items())
+                put(f"timeout waiting for {some_names([*errors])}\n{rows}", 2)
                 return TimedOut.exit_code
             if now >= report_at:
                 report_at = now + REPORT_EVERY
-                text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
+                text = "; ".join(f"{probe} ({error})" for probe, error in errors.items())
                 say(f"still waiting after {span(now - began)} for {text}", quiet=quiet)
             for number in loop.turn(min(end, report_at)):
                 return 128 + number
         return 0
-    finally:  # what is being tried does not outlive us
+    finally:  # commands of probes do not outlive us
         for prober in probers:
             prober.close()
         loop.give_back()
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Boot. A directory of scripts as one graph: headers are read and checked as a whole, then one request claims all units
-# at the agent, which says, as their turn comes, which script to run.
+# Boot. A directory of scripts as one graph: all headers are read and checked, then one request claims all units at the
+# agent, which says when each script may start.
 #
-# A boot is two processes. The front is the one that was called: it keeps the terminal and all that its caller gave it,
-# and has COMMAND. The background process has a session of its own, runs the scripts, and is their parent as long as one
-# of them runs: by one thread and one poll for what the agent says, output, ends, probes, signals and time. A pair of
-# sockets tells each of the two at once that the other has ended.
+# A boot is two processes. The front is the one that was called: it keeps the terminal and descriptors of its caller,
+# and becomes or runs COMMAND. The background process leads a session of its own and is the parent of all scripts: one
+# thread with one poll handles the agent, output, ends of processes, probes, signals and deadlines. A socket pair
+# connects the two, so that each sees at once that the other has ended.
 #
-# A script's end is what the system reports of its processes, not the end of its output, which a daemon may keep open.
-# Output is bounded a line. During the startup it is read only while our own is taken; later it is lost instead.
+# A script has ended when its processes have, not when its output ends, since a daemon may keep that open. While our own
+# output is not taken, the scripts have to wait; after the startup their output is dropped instead.
 # ----------------------------------------------------------------------------------------------------------
 
-HEADER_LINES = 50  # that may have headers, also below code; more if all above are comments
-LAST_LINES = 10
-CUT = 8192  # bytes after which a line of output is cut in two
-FULL = 1 << 18  # bytes on their way to standard output, above which no script's output is read
+HEADER_LINES = 50  # searched for headers, also below code; more if all of them are comments
+LAST_LINES = 10  # of a unit that has failed, shown in the summary
+LONGEST_LINE = 8192  # an incomplete line that is longer is printed at once
+FULL = 1 << 18  # bytes of pending output above which no script's output is read
 MARKS = ("#", "//", "--", ";")
-# The endings of files that are kept beside a script, or were taken out of use; more are those of package managers.
+# Endings of files that are not run: copies, scripts taken out of use, and what package managers leave.
 NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
 PACKAGED = (".dpkg-", ".ucf-", ".rpm")
 HEADERS = {  # word -> what follows it, and what it means
@@ -5810,7 +5818,7 @@ HEADERS = {  # word -> what follows it, and what it means
 
 
 class Edge(Record):
-    """What a script wants, and the file and line that say so."""
+    """A dependency of a script, and the file and line of its header."""
 
     dependency: str
     requires: str
@@ -5818,11 +5826,11 @@ class Edge(Record):
 
 
 class Script(Record):
-    """One file that `boot` runs, and what its headers say."""
+    """A file that `boot` runs, and the contents of its headers."""
 
     path: str
     unit: str
-    place: str  # the file and line that name the unit
+    place: str  # file and line of the unit's name
     limits: Limits
     want: list[Edge]
     after: list[Edge]
@@ -5832,14 +5840,14 @@ class Script(Record):
 
 
 def warn(text: str) -> None:
-    """Say what is odd in a file, but does not keep it from being run."""
+    """Print a warning about a file."""
     say(f"warning: {printable(text)}", 2)
 
 
 def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
-    """Return a script from the start of its file; mistakes are added with file and line."""
+    """Return a script from the start of its file; append each mistake with file and line."""
     script = Script(path, unit_of(os.path.basename(path)), f"{path}:1", Limits(), [], [], [], [], [])
-    said: dict[str, int] = {}  # the line of each header that there may be once
+    seen: dict[str, int] = {}  # the line of each header that is allowed once
     lines = text.decode(errors="replace").splitlines()
     code = (number for number, line in enumerate(lines) if line.strip() and not line.strip().startswith(MARKS))
     last = max(HEADER_LINES, next(code, len(lines)))
@@ -5847,7 +5855,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
         mark, found, rest = line.partition("coder-sync:")
         try:
             if found and mark.strip() in MARKS:
-                read_header(script, rest.strip(), number, said)
+                read_header(script, rest.strip(), number, seen)
             elif looks_like_header(line):
                 raise UsageError("not understood; a header is written `# coder-sync: WORD ...`")
         except SyncError as error:
@@ -5855,8 +5863,8 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
     for number, line in enumerate(lines[last:], last + 1):
         if looks_like_header(line):
             warn(f"{path}:{number}: not read as a header: too far down; move it up")
-    if "ready-timeout" in said and "ready" not in said:
-        mistakes.append(f"{path}:{said['ready-timeout']}: ready-timeout without ready")
+    if "ready-timeout" in seen and "ready" not in seen:
+        mistakes.append(f"{path}:{seen['ready-timeout']}: ready-timeout without ready")
     try:
         check_name(script.unit)
     except Refused as error:
@@ -5865,7 +5873,7 @@ def read_script(path: str, text: bytes, mistakes: list[str]) -> Script:
 
 
 def unit_of(name: str) -> str:
-    """Return the unit that a file is by its name: without a number in front, and without its ending."""
+    """Return the unit name for a file name: without a leading number, and without the ending."""
     digits = len(name) - len(name.lstrip("0123456789"))
     if digits and name[digits : digits + 1] in ("-", "_"):
         name = name[digits + 1 :]
@@ -5873,15 +5881,15 @@ def unit_of(name: str) -> str:
 
 
 def looks_like_header(line: str) -> bool:
-    """Return whether a comment was meant to be a header, and is not only about us."""
+    """Return whether a line seems to be meant as a header, perhaps a misspelt one."""
     words = line.strip().lstrip("#/-; ").lower().replace(":", " ").split()
     if not line.strip().startswith(MARKS) or len(words) < 2 or words[1] not in HEADERS:
         return False
     return words[0] == "coder-sync" or resembling(words[0], ["coder-sync"]) != ""
 
 
-def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> None:
-    """Take what a header in a line says. Raises UsageError, Refused."""
+def read_header(script: Script, text: str, line: int, seen: dict[str, int]) -> None:
+    """Add the contents of a header to its script. Raises UsageError, Refused."""
     word = "".join(text.split()[:1])
     if word not in HEADERS:
         known = ", ".join(f"{name} {form}" for name, (form, _) in HEADERS.items())
@@ -5890,7 +5898,7 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
     if word == "want":
         rest = rest.replace("--requires=", "--requires ")
     words = rest.split()
-    if word == "ready":  # for a shell, or nobody
+    if word == "ready":  # a shell splits it
         words = [rest]
     elif set(rest) & set("\"'\\"):
         import shlex
@@ -5907,8 +5915,8 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
     if len(words) > len(form.split()):
         hint = '; a name with a blank needs quotes: unit "a b"' if word == "unit" else ""
         raise UsageError(f"{word}: too many words; write {word} {form}{hint}")
-    if said.setdefault(word, line) != line:
-        raise UsageError(f"{word}: line {said[word]} says so already")
+    if seen.setdefault(word, line) != line:
+        raise UsageError(f"{word}: line {seen[word]} says so already")
     if word == "unit":
         script.unit, script.place = check_name(words[0]), f"{script.path}:{line}"
     elif word == "ready":
@@ -5923,7 +5931,7 @@ def read_header(script: Script, text: str, line: int, said: dict[str, int]) -> N
 
 
 def read_names(script: Script, word: str, names: list[str], place: str) -> None:
-    """Take the names in a header. Raises UsageError, Refused."""
+    """Add the names in a header to its script. Raises UsageError, Refused."""
     requires: str = COMPLETION if word == "after" else SUCCESS
     if word == "want" and "--requires" in names:
         at = names.index("--requires")
@@ -5941,11 +5949,15 @@ def read_names(script: Script, word: str, names: list[str], place: str) -> None:
 
 
 def check_program(path: str, text: bytes) -> str:
-    """Return what keeps a file from being run, or nothing. Raises OSError."""
+    """Return why a file cannot be run; an empty text if it can. Raises OSError."""
     first = text.split(b"\n", 1)[0].split(b"\0", 1)[0].decode(errors="replace")  # the system stops at a NUL, too
     program, *words = first[2:].split() or [""]
     if not os.access(path, os.X_OK):
-        return not_executable(path)
+        import shlex
+
+        noexec = os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0)
+        hint = ": its file system is mounted noexec" if noexec else f"; chmod +x {shlex.quote(path)}"
+        return f"not executable{hint}"
     if text.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         return "it begins with a byte-order mark; save it as UTF-8 without one"
     if not first.startswith("#!"):
@@ -5958,23 +5970,14 @@ def check_program(path: str, text: bytes) -> str:
     import shutil
 
     program = "".join(words[1:2] if words[:1] == ["-S"] else words[:1])
-    for_env = program[:1] == "-" or "=" in program  # which says itself what it cannot run
+    for_env = program[:1] == "-" or "=" in program  # env(1) prints an error of its own
     return "" if for_env or shutil.which(program) else f"its interpreter {program} is not in PATH"
 
 
-def not_executable(path: str) -> str:
-    """Return why a file cannot be run that is no program, and what to do about it. Raises OSError."""
-    import shlex
-
-    if os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
-        return "not executable: its file system is mounted noexec"
-    return f"not executable; chmod +x {shlex.quote(path)}"
-
-
 def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
-    """Read and check everything; return the scripts. Raises UsageError with every mistake, a line each."""
+    """Read and check all scripts, and return them. Raises UsageError with all mistakes, one a line."""
     mistakes: list[str] = []
-    left_out: dict[str, str] = {}  # unit -> the file that would provide it, and why it does not
+    left_out: dict[str, str] = {}  # unit -> why the file that would provide it is not run
     scripts = [script for path in paths for script in scripts_at(path, mistakes, left_out)]
     by_name: dict[str, Script] = {}
     for script in scripts:
@@ -6000,7 +6003,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
     for unit, edge in implied:
         if unit in by_name and edge.dependency in by_name:
             wants = by_name[unit].want
-            if all(other.dependency != edge.dependency for other in wants):  # else it says itself what it wants of it
+            if all(other.dependency != edge.dependency for other in wants):  # else the script has its own requirement
                 wants.append(edge)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
@@ -6011,7 +6014,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
-    """Return the scripts of a directory, or one file."""
+    """Iterate over the scripts at a path, a directory or one file; append mistakes, and what is left out."""
     try:
         files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
         files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
@@ -6030,22 +6033,22 @@ def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Ite
                 text = f.read(65536) or b""
             if not os.path.isfile(path):
                 raise OSError(0, "it is no file")
-            wrong = check_program(path, text)
+            problem = check_program(path, text)
         except OSError as error:
             mistakes.append(f"{path}: cannot be read: {error.strerror}")
             continue
         if path != given and not os.access(path, os.X_OK) and b"coder-sync:" not in text:
             left_out[unit_of(name + ending)] = f"{path} would, but is not executable"
             if text.startswith(b"#!"):
-                warn(f"{path}: not run: {wrong}")
+                warn(f"{path}: not run: {problem}")
             continue
-        if wrong:
-            mistakes.append(f"{os.path.abspath(path)}:1: {wrong}")
+        if problem:
+            mistakes.append(f"{os.path.abspath(path)}:1: {problem}")
         yield read_script(os.path.abspath(path), text, mistakes)
 
 
 def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
-    """Add what the rules of the graph forbid to the mistakes."""
+    """Append a mistake for each dependency that the rules of the graph forbid."""
     units = Units(time.monotonic, time.time)
     places = {(script.unit, edge.dependency): edge.place for script in scripts for edge in script.want}
     for script in scripts:
@@ -6054,31 +6057,31 @@ def check_edges(scripts: list[Script], mistakes: list[str]) -> None:
                 units.want(script.unit, [edge.dependency], edge.requires)
             except CycleError as error:
                 steps = [places.get(step, "") for step in zip(error.data, error.data[1:])]
-                told = ", ".join(os.path.basename(step) for step in steps)
-                mistakes.append(f"{edge.place}: {error} ({told})")
+                headers = ", ".join(os.path.basename(step) for step in steps)
+                mistakes.append(f"{edge.place}: {error} ({headers})")
             except SyncError as error:
                 mistakes.append(f"{edge.place}: {error}")
 
 
 def plan_text(scripts: list[Script]) -> str:
-    """Return scripts without mistakes as a table, each below what it wants of the others."""
-    rows, left = [], scripts
-    while left:
-        missing = {script.unit for script in left}
-        free = [script for script in left if missing.isdisjoint(edge.dependency for edge in script.want)]
+    """Return scripts without mistakes as a table, each below its dependencies."""
+    rows, todo = [], scripts
+    while todo:
+        missing = {script.unit for script in todo}
+        free = [script for script in todo if missing.isdisjoint(edge.dependency for edge in script.want)]
         for script in free:
             wants = (e.dependency + (f" ({e.requires})" if e.requires != SUCCESS else "") for e in script.want)
             rows.append([script.unit, ", ".join(wants), ", ".join(script.lock), shown_probe(script.limits.ready)])
             missing.remove(script.unit)
-        left = [script for script in left if script.unit in missing]
+        todo = [script for script in todo if script.unit in missing]
     text = table(["UNIT", "WANTS", "LOCKS", "READY WHEN"], rows) if rows else ""
     return text + f"{len(rows)} script{'s' * (len(rows) != 1)}, no mistakes\n"
 
 
 class BootOptions(Record):
-    """How to boot."""
+    """The options of `boot`."""
 
-    jobs: int  # at once; 0 is no limit
+    jobs: int  # to run at once; 0 is no limit
     grace: float
     log_dir: str
     fail_fast: bool
@@ -6087,38 +6090,38 @@ class BootOptions(Record):
     always: bool
     resume: bool
     timeline: Callable[[Graph], None] | None  # writes it at the end of the startup
-    command: str  # that comes after the startup, if any
+    command: str  # the program of COMMAND, if any
 
 
 class Claimed(Record):
-    """The agent's answer to the claim of a boot: the units that count as done, and are not claimed."""
+    """The agent's answer to a claim of a boot: the units that count as done, and are not claimed."""
 
     done: list[str] = []
 
 
 class Output:
-    """What is on its way to standard output and error, as fast as they take it, so that neither holds anything up.
+    """Standard output and error, written without blocking, so that a slow reader holds nothing up.
 
-    On output are the lines of scripts, and on a terminal the live line under them; on error is what we say ourselves.
+    Lines of scripts go to standard output, on a terminal with a status line below them; our own go to standard error.
     """
 
-    patient = True  # else what is too much is lost
-    paused = False  # whether scripts are not read, since what they print is not taken
+    may_drop = False  # lines of scripts, while much output is pending
+    paused = False  # the output of scripts is not read, since much output is pending
 
     def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
-        self.quiet, self.log_dir = quiet, log_dir  # empty: no logs, or no more
+        self.quiet, self.log_dir = quiet, log_dir  # empty: no logs are written, or no more
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(text_width, units), default=1))
         self.columns, self._colour, unicode = terminal()
         self._dots = "\u2026" if unicode else "~"
         self._logs: set[str] = set()  # names of files in --log-dir
-        self._live = False  # whether the live line stands there
-        self.live_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when it is drawn again
+        self._has_status = False  # whether the status line is shown
+        self.status_at = 0.0 if os.isatty(1) and not quiet else NEVER  # when to draw it again
 
     def lines(self, unit: str, texts: list[str]) -> None:
         """Print lines of a unit."""
-        if not self.quiet and (self.patient or not self.is_full()):
+        if not self.quiet and not (self.may_drop and self.is_full()):
             name = fit(unit, self._width, self._dots)
             if self._colour:  # red is for failures
                 name = f"\033[{32 + sum(map(ord, unit)) % 5}m{name}\033[0m"
@@ -6126,13 +6129,13 @@ class Output:
             self.pending[1] += "".join(f"{name} | {text}\n" for text in texts).encode(errors="backslashreplace")
 
     def say(self, text: str, quiet: bool = False) -> None:
-        """Print a line of ours on standard error."""
+        """Print one of our own lines."""
         self.clear()
         if not quiet and len(self.pending[2]) < FULL:
             self.pending[2] += encoded(text + "\n", 2)
 
     def log_path(self, unit: str) -> str:
-        """Return the path of a unit's file in --log-dir; empty without one."""
+        """Return the path of a unit's file in --log-dir; empty without that option."""
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in unit)[:60]
         while name in self._logs:
             name += "_"
@@ -6140,80 +6143,80 @@ class Output:
         return self.log_dir and os.path.abspath(os.path.join(self.log_dir, name + ".log"))
 
     def no_log(self, error: OSError) -> None:
-        """Say once that log files cannot be written; the boot goes on."""
+        """Write no more log files after an error, and print it once."""
         if self.log_dir:
             self.say(f"warning: no more logs in {printable(self.log_dir)}: {error.strerror}")
         self.log_dir = ""
 
     def is_full(self) -> bool:
-        """Return whether there is much that standard output does not take."""
+        """Return whether much output is pending."""
         return len(self.pending[1]) >= FULL
 
     def pipes(self) -> list[int]:
-        """Return which of standard output and error somebody may read until their end."""
+        """Return which of standard output and error are a pipe or socket, whose reader may wait for their end."""
         modes = {fd: os.fstat(fd).st_mode for fd in self.pending}
         return [fd for fd, mode in modes.items() if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)]
 
-    def let_go(self, fd: int) -> None:
-        """Print nothing any more on a descriptor, and hold it open no longer."""
+    def release(self, fd: int) -> None:
+        """Close standard output or error; what is printed there is lost."""
         os.dup2(0, fd)  # /dev/null in a background process
         if self._fds[fd] != fd:
             os.close(self._fds[fd])
         self._fds[fd] = fd
 
     def turn(self, loop: Loop, due: float) -> list[int]:
-        """Take a turn of a loop, in which what can be printed is."""
+        """Take a turn of a loop, and write pending output in it."""
         waiting = {self._fds[fd]: fd for fd, data in self.pending.items() if data}
-        for place, fd in waiting.items():
-            loop.watch(place, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
+        for own, fd in waiting.items():
+            loop.watch(own, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
         try:
             return loop.turn(due)
         finally:
             loop.forget(*waiting)
 
-    def write(self, fd: int, patience: float = 0.0) -> None:
-        """Pass on what is taken without blocking: a pipe that can be written to has room for 4 KiB.
+    def write(self, fd: int, timeout: float = 0.0) -> None:
+        """Write pending output without blocking: a pipe that can be written to has room for 4 KiB.
 
-        With patience, wait for a slow reader, and drop what it does not take within so many seconds.
+        With a timeout, wait so many seconds for a reader that takes nothing, then drop the rest.
         """
         import select
 
         data, at, ready = self.pending[fd], 0, select.poll()
         ready.register(self._fds[fd], select.POLLOUT)
         try:
-            while at < len(data) and ready.poll(patience * 1000):
+            while at < len(data) and ready.poll(timeout * 1000):
                 at += os.write(self._fds[fd], data[at : at + 4096])
         except BlockingIOError:  # less room than that
             pass
-        except OSError:  # nobody reads any more, or the terminal has gone; the boot goes on
+        except OSError:  # the reader or the terminal has gone; the boot goes on
             at = len(data)
-            self.let_go(fd)
-        self.pending[fd] = b"" if patience else data[at:]
+            self.release(fd)
+        self.pending[fd] = b"" if timeout else data[at:]
 
     def flush(self) -> None:
-        """Pass on all of it, but to readers that do not take it."""
+        """Write all pending output, but drop what a reader does not take."""
         for fd in self.pending:
-            self.write(fd, patience=1.0)
+            self.write(fd, timeout=1.0)
 
-    def live(self, head: str, items: list[str], now: float) -> None:
-        """Draw the live line: as many items as fit."""
+    def draw_status(self, head: str, items: list[str], now: float) -> None:
+        """Draw the status line with as many items as fit."""
         for shown in range(min(len(items), self.columns), -1, -1):
             more = [f"+{len(items) - shown} more"] if shown < len(items) else []
             text = f"{head} {', '.join(items[:shown] + more)}".rstrip()
             if text_width(text) < self.columns:
                 break
         self.pending[1] += ("\r\033[K" + text).encode(errors="backslashreplace")
-        self._live, self.live_at = True, now + 1
+        self._has_status, self.status_at = True, now + 1
 
     def clear(self) -> None:
-        """Remove the live line."""
-        if self._live:
+        """Remove the status line."""
+        if self._has_status:
             self.pending[1] += b"\r\033[K"
-            self._live, self.live_at = False, 0.0
+            self._has_status, self.status_at = False, 0.0
 
 
 def opened_again(fd: int) -> int:
-    """Return a descriptor of the same terminal that does not block, without changing it for others; else `fd`."""
+    """Open the terminal of `fd` again, non-blocking, which leaves it as it is for others; else return `fd`."""
     try:
         return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
@@ -6221,17 +6224,20 @@ def opened_again(fd: int) -> int:
 
 
 class Stream:
-    """What a unit prints: read from a pipe, passed on to an Output in whole lines, and kept in a file of --log-dir."""
+    """The output of a unit: read from a pipe, passed on to an Output in whole lines, and written to its log file."""
 
     def __init__(self, unit: str, loop: Loop, out: Output) -> None:
+        from codecs import getincrementaldecoder
+
         self.unit, self.loop, self.out = unit, loop, out
-        self.fd, self.log = -1, -1  # read end of the pipe, and the file
+        self.fd, self.log = -1, -1  # read end of the pipe, and the log file
         self.log_path = out.log_path(unit)
-        self.rest = b""  # a line that has not ended yet
-        self.last: list[str] = []  # lines
+        self.decoder = getincrementaldecoder("utf-8")("backslashreplace")
+        self.rest = ""  # an incomplete line
+        self.last: list[str] = []  # lines, for the summary
 
     def open(self, more: bool) -> int:
-        """Begin to read what a try prints, and `more` what a further one does; return the descriptor to print to."""
+        """Make a pipe for the output of a try and return its write end; with `more`, append to the log file."""
         self.close()
         self.fd, write = os.pipe()
         os.set_blocking(self.fd, False)
@@ -6245,14 +6251,14 @@ class Stream:
         return write
 
     def watch(self) -> None:
-        """Read what is printed, or nothing while our own output is not taken."""
+        """Watch the pipe, unless reading is paused."""
         if self.out.paused:
             self.loop.forget(self.fd)
         elif self.fd >= 0:
             self.loop.watch(self.fd, self.read)
 
     def read(self, chunks: int = 1) -> None:
-        """Take what was printed."""
+        """Read what is in the pipe, or a part of it."""
         for _ in range(chunks):
             try:
                 chunk = os.read(self.fd, 65536) if self.fd >= 0 else b""
@@ -6264,12 +6270,12 @@ class Stream:
             self.take(chunk)
 
     def drain(self) -> None:
-        """Take all that is in the pipe, which is bounded; its last line is whole, although something may go on."""
+        """Read all that is in the pipe, with a bound; take an incomplete line as a whole one."""
         self.read(chunks=64)
         self.end_line()
 
     def take(self, chunk: bytes) -> None:
-        """Log what was printed, and print it: whole lines go on, the rest waits."""
+        """Write a chunk to the log file, and print the lines that it completes."""
         if self.log >= 0 and self.out.log_dir:
             try:
                 view = memoryview(chunk)
@@ -6277,42 +6283,33 @@ class Stream:
                     view = view[os.write(self.log, view) :]
             except OSError as error:
                 self.out.no_log(error)
-        *ended, rest = (self.rest + chunk).split(b"\n")
-        *more, self.rest = pieces(rest)
-        self.print([piece for line in ended for piece in pieces(line)] + more)
+        *lines, self.rest = (self.rest + self.decoder.decode(chunk)).split("\n")
+        if len(self.rest) > LONGEST_LINE:
+            lines.append(self.rest)
+            self.rest = ""
+        self.print(lines)
 
     def end_line(self) -> None:
-        """Take the last line as a whole one."""
+        """Print an incomplete line."""
+        self.rest += self.decoder.decode(b"", final=True)
         if self.rest:
             self.print([self.rest])
-            self.rest = b""
+            self.rest = ""
 
-    def print(self, lines: list[bytes]) -> None:
-        """Print lines, and keep the last ones."""
-        lines = lines[-LAST_LINES:] if self.out.quiet else lines
-        texts = [line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="backslashreplace") for line in lines]
+    def print(self, lines: list[str]) -> None:
+        """Print lines, and remember the last ones."""
+        texts = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
         self.last = (self.last + [text[:500] for text in texts[-LAST_LINES:]])[-LAST_LINES:]
         self.out.lines(self.unit, texts)
 
     def close(self) -> None:
-        """Read no more of it."""
+        """Close the pipe and the log file."""
         self.end_line()
         self.loop.forget(self.fd)
         for fd in (self.fd, self.log):
             if fd >= 0:
                 os.close(fd)
         self.fd = self.log = -1
-
-
-def pieces(line: bytes) -> Iterator[bytes]:
-    """Iterate over a line in pieces of at most CUT bytes, cut between characters."""
-    while len(line) > CUT:
-        at = CUT
-        while at > CUT - 4 and line[at] & 0xC0 == 0x80:
-            at -= 1
-        yield line[:at]
-        line = line[at:]
-    yield line
 
 
 class Job(Task):
@@ -6373,7 +6370,8 @@ class Job(Task):
             unwrap(message)
         except SyncError as error:
             if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.fail(str(error))
+                self.reported = ""
+                self.stop(str(error))
             elif method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
                 self.set_outcome(self.reported, self.reason)
 
@@ -6442,7 +6440,7 @@ class Boot:
         self.link.open(channel)
         try:
             self.claim()
-            self.until(lambda: not self.unfinished and not self.link.asked and self.printed())
+            self.until(lambda: not self.unfinished and not self.link.pending and self.printed())
             return self.after_startup(self.finish())
         except BaseException:
             self.abandon()
@@ -6453,7 +6451,7 @@ class Boot:
 
     def after_startup(self, code: int) -> int:
         """Let the front go on, and be the parent of what still runs until it has ended; return the exit status."""
-        self.started_up, self.report_at, self.out.live_at, self.out.patient = True, NEVER, NEVER, False
+        self.started_up, self.report_at, self.out.status_at, self.out.may_drop = True, NEVER, NEVER, True
         command = self.options.command
         if self.options.stay and not self.signal:
             self.out.say("boot: staying until a signal", self.options.quiet)
@@ -6482,7 +6480,7 @@ class Boot:
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
         self.retire_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.asked))
+        return bool(needed or (self.host and self.link.pending))
 
     def printing(self) -> list[str]:
         """Return the units whose output is still open."""
@@ -6492,14 +6490,14 @@ class Boot:
         """End all commands after an unexpected error, without the agent and the Loop."""
         families = [job.family for job in self.active.values() if job.lives()]
         for family in families:
-            family.look(Processes)
-            family.tell_first()
-            family.tell_others()
+            family.scan(Processes)
+            family.terminate_first()
+            family.terminate_others()
             family.first = False  # nobody takes its exit status any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
-            time.sleep(LOOK_OFTEN)
-            families = [family for family in families if family.look(Processes)]
+            time.sleep(CHECK_OFTEN)
+            families = [family for family in families if family.scan(Processes)]
             for family in families if time.monotonic() >= kill_at else ():
                 family.kill()
 
@@ -6511,12 +6509,12 @@ class Boot:
             if done() and not any(job.ending() for job in self.active.values()):
                 return
             if not any(self.out.pending.values()):
-                if now >= self.out.live_at:
+                if now >= self.out.status_at:
                     ended, running = len(self.jobs) - self.unfinished, self.running(now)
                     waiting = self.unfinished - len(running)
-                    self.out.live(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
-                due = min(due, self.out.live_at)
-            self.pause(self.out.patient and self.out.is_full())
+                    self.out.draw_status(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
+                due = min(due, self.out.status_at)
+            self.pause(self.out.is_full() and not self.out.may_drop)
             for number in self.out.turn(self.loop, due):
                 self.stop_by_signal(number, f"boot got signal {number}")
 
@@ -6535,7 +6533,7 @@ class Boot:
         """Do what is due; return when something is next."""
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
-            self.link.ask("graph", lambda answer: self.say_progress(graph_in(answer)))
+            self.link.request("graph", lambda answer: self.say_progress(graph_in(answer)))
         for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
             job.keep_time(now)
             if job.state == GONE:
@@ -6563,7 +6561,7 @@ class Boot:
         self.loop.forget(self.front)
         if self.front_may_end:
             for fd in self.out.pipes():
-                self.out.let_go(fd)
+                self.out.release(fd)
         elif not self.stopping:
             command = self.options.command if self.started_up else ""
             self.stop_by_signal(1, f"{command or 'the process of boot'} has ended")
@@ -6578,7 +6576,7 @@ class Boot:
 
     def claim(self) -> None:
         """Ask for all units at once, in as many requests as it takes."""
-        limit = (open_files() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
+        limit = (max_descriptors() - 48) // (2 if self.options.log_dir else 1)  # a script has a pipe, and perhaps a log
         limit -= 3 * sum(bool(job.limits.ready) for job in self.jobs.values())
         jobs = max(1, min(self.options.jobs or limit, limit))
         rows: list[dict[str, Any]] = []
@@ -6588,11 +6586,11 @@ class Boot:
             row = {"unit": job.unit, "wants": wants, "locks": job.script.lock}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
-                self.link.ask("boot", unwrap, units=rows, jobs=jobs, more=True)
+                self.link.request("boot", unwrap, units=rows, jobs=jobs, more=True)
                 rows, size = [], 0
             rows.append(row)
             size += length
-        self.link.ask("boot", self.claim_answered, units=rows, jobs=jobs, more=False, resume=self.options.resume)
+        self.link.request("boot", self.claim_answered, units=rows, jobs=jobs, more=False, resume=self.options.resume)
 
     def claim_answered(self, answer: Object) -> None:
         """Handle the answer to our claim. Raises Refused, Unreachable."""
@@ -6669,7 +6667,7 @@ class Boot:
         for job in self.active.values():
             if job.running() and not job.outcome:
                 more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
-                more += [f"not ready: {job.lack()}"] if job.lack() else []
+                more += [f"not ready: {job.probe_error()}"] if job.probe_error() else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
@@ -6703,8 +6701,8 @@ class Boot:
         lost, graphs = self.link.lost, []  # type: tuple[str, list[Graph]]
         for job in self.active.values():
             if job.lives():
-                job.look()
-        self.link.ask("graph", lambda answer: graphs.append(graph_in(answer)))
+                job.check_left()
+        self.link.request("graph", lambda answer: graphs.append(graph_in(answer)))
         self.until(lambda: bool(graphs))
         self.out.clear()
         self.out.flush()
@@ -6777,7 +6775,7 @@ class Front:
         """Note an exit status; clean up after a background process that was killed."""
         self.ended.append(code)
         if code < 0:
-            put(f"error: boot's background process was {ending(code)}; what it ran may run on\n", 2)
+            put(f"error: boot's background process was {exit_text(code)}; what it ran may run on\n", 2)
             remove_directory(self.directory)
 
     def receive(self) -> None:

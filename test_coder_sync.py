@@ -7281,7 +7281,7 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="", TMPDIR=".")
     options = ["--grace", "100ms", "--socket-path", agent.path, "--log-dir", "logs"]
     endless, _ = os.pipe()
-    patch = "coder_sync.LOOK_EVERY = 600"
+    patch = "coder_sync.CHECK_EVERY = 600"
     boot = Boot(agent, files, *options, stdin=endless, patch=patch, encoding="utf-8")
     until(lambda: agent.client.list() and agent.status("m") == "pending", "m claimed, which waits for disk")
     agent.end("disk")
@@ -7310,7 +7310,7 @@ def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
 ) -> None:
     early = Gate(world, "early")
     files = {"10-a.sh": "cat gate", "b": "@want a", "z": "cat early &"}
-    boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.LOOK_EVERY = 600")
+    boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.CHECK_EVERY = 600")
     gate.reached(), early.reached()
     until(lambda: world.status("z") == "completed")
     pid = next(pid for pid in boot.scripts() if os.getpgid(pid) == pid)
@@ -7952,7 +7952,7 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
     b12, a17 = 12 * "b", 17 * "a"
     lines = {"": "", "a": " a", "a b c": " a, b, c", f"a {b12}": f" a, {b12}", f"a {b12}b": " a, +1 more"}
     for items, shown in {**lines, f"{a17} b c": " +3 more"}.items():
-        out.live("0 ended", items.split(), 0.0)
+        out.draw_status("0 ended", items.split(), 0.0)
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
 
 
@@ -8057,9 +8057,9 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
         family = coder_sync.Family(other.pid, own, "")
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
         family.first = False
-        family.look(coder_sync.Processes)
-        assert family.left() == []
-        family.tell_others(), family.kill()
+        family.scan(coder_sync.Processes)
+        assert family.pids() == []
+        family.terminate_others(), family.kill()
     assert other.poll() is None
 
 
@@ -8069,9 +8069,9 @@ def test_what_proc_hides_of_a_group_counts_as_left_unless_it_is_a_zombie(world: 
     family, hidden = coder_sync.Family(other.pid, True, ""), coder_sync.Processes()
     family.first = False
     del hidden.births[other.pid]
-    assert family.look(lambda: hidden)
-    hidden.dead_groups.add(other.pid)
-    assert not family.look(lambda: hidden)
+    assert family.scan(lambda: hidden)
+    hidden.zombie_groups.add(other.pid)
+    assert not family.scan(lambda: hidden)
 
 
 @NAMESPACES
@@ -8117,9 +8117,12 @@ while data:
 
 
 def test_a_line_that_is_too_long_is_cut_between_characters(world: World) -> None:
-    euros = "\u20ac" * 2730  # of which 8,192 bytes take no more
-    (world.directory / "euros").write_text("x" + 2 * euros + "\u20ac", encoding="utf-8")
-    Boot(world, {"a": "cat euros"}, encoding="utf-8").ends(0, f"a | x{euros}\na | {euros}\na | \u20ac\n")
+    text = "x" + 100_000 * "\u20ac"
+    (world.directory / "euros").write_text(text, encoding="utf-8")
+    boot = Boot(world, {"a": "cat euros"}, encoding="utf-8")
+    boot.ends()
+    pieces = boot.said()["a"]
+    assert "".join(pieces) == text and max(map(len, pieces)) < 80_000
 
 
 def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) -> None:
@@ -8162,7 +8165,7 @@ def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(worl
 @needs_proc
 def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
     sooner = "was = coder_sync.Output.write\n"
-    sooner += "coder_sync.Output.write = lambda *args, patience=0.0: was(*args, patience / 5)"
+    sooner += "coder_sync.Output.write = lambda *args, timeout=0.0: was(*args, timeout / 5)"
     files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
     boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
     stdout: Any = boot.process.stdout
@@ -8806,15 +8809,15 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
     assert read_lines(world.directory / "n") == ["n"]
 
 
-@needs_proc
-def test_a_service_whose_completion_is_refused_has_failed_for_good(world: World, gate: Gate) -> None:
-    agent = PlayedAgent(world, "@ready file:up\n@retry 1 0\n: > up; cat gate; exit 3")
+@pytest.mark.parametrize("ready", ["", "@ready file:up\n"], ids=["script", "service"])
+def test_what_completes_and_is_refused_is_ended_and_has_failed_for_good(world: World, gate: Gate, ready: str) -> None:
+    agent = PlayedAgent(world, f"{ready}@retry 1 0\n: > up; cat gate")
+    if not ready:
+        gate.open()
     agent.refuses(agent.asked("complete"))
     failed = agent.asked("fail")
     assert failed["params"]["reason"] == "refused"
     agent.answers(failed, result={})
-    gate.open()
-    agent.answers(agent.asked("exited"), result={})
     agent.reports("failed", "refused")
     agent.boot.ends(1, "", "failed: a (refused); ")
 
