@@ -2873,13 +2873,7 @@ def impostor(world: World, answer: bytes) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} "
-FOREGROUND_OR_NOT = pytest.mark.parametrize("how", [[], ["--detach"]], ids=["foreground", "detached"])
 ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
-
-
-def files_of(directory: Path) -> dict[str, int]:
-    """The files in a directory and of what kind and mode each is."""
-    return {name: os.lstat(directory / name).st_mode for name in os.listdir(directory)}
 
 
 def without(*directories: str) -> list[str]:
@@ -2901,32 +2895,33 @@ NAMESPACES = pytest.mark.skipif(not can_unshare("-m", "-fp", "--mount-proc"), re
 
 # -- the log ------------------------------------------------------------------------------------------------
 
+LOGGED = r"""listening at .*/agent.sock \(pid \d+\)
+a: started
+a: completed
+refused: unit "a" is completed .*
+b: failed: no disk
+shutdown was called by .+ \(pid \d+\)
+stopping: got SIGTERM
+"""
 
-@pytest.mark.parametrize("option", ["--quiet", "", "--verbose", "--log-file=/dev/stderr"])
+
+@pytest.mark.parametrize("option", ["--quiet", "", "--verbose"])
 def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, option: str) -> None:
-    agent = world.serve(*filter(None, [option]), stderr=subprocess.PIPE)
+    agent = world.serve(*option.split(), stderr=subprocess.PIPE)
     world.end("a")
     with pytest.raises(coder_sync.Refused):
         world.client.fail("a")
     world.client.want("b", "a")
     world.client.fail("b", "no disk")
-    world.ok("shutdown")
+    world.client.shutdown()
     done = finish(agent)
     assert (done.returncode, done.stdout) == (0, "")
-    lines = done.stderr.splitlines()
-    assert all(re.match(STAMP, line) for line in lines)
-    texts = [re.sub(STAMP, "", line) for line in lines]
-    if option == "--quiet":
-        assert texts == []
-    elif option == "--verbose":
-        for part in ("request: start {", "b: registered", "b: wants: a", "a: started", "refused: "):
-            assert part in done.stderr
+    assert all(re.match(STAMP, line) for line in done.stderr.splitlines())
+    text = re.sub(f"^{STAMP}", "", done.stderr, flags=re.M)
+    if option == "--verbose":
+        assert all(part in text for part in ("request: start {", "b: registered", "b: wants: a", "a: started"))
     else:
-        assert re.fullmatch(rf"listening at {world.path} \(pid \d+\)", texts[0])
-        assert texts[1:3] == ["a: started", "a: completed"]
-        assert texts[3].startswith('refused: unit "a" is completed')
-        assert re.fullmatch(rf"shutdown was called by .+ \(pid {os.getpid()}\)", texts[5])
-        assert (texts[4], *texts[6:]) == ("b: failed: no disk", "stopping: got SIGTERM")
+        assert re.fullmatch(LOGGED if option == "" else "", text)
 
 
 def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
@@ -2941,82 +2936,78 @@ def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
     assert stopped(agent).returncode == 0
 
 
-LOGS: dict[str, tuple[bool, Callable[[Path], Any]]] = {  # whether it can have a successor, how it comes to be
-    "its path": (True, lambda log: None),
-    "a link": (True, lambda log: log.symlink_to("target")),
-    "a pipe": (False, lambda log: (os.mkfifo(log), os.open(log, os.O_RDONLY | os.O_NONBLOCK))[1]),
-    "a device": (False, lambda log: os.mknod(log, stat.S_IFCHR | 0o666, os.makedev(1, 3))),
-    "a file that can have none": (False, lambda log: (log.touch(0o600), Path(f"{log}.1").mkdir())[1]),
-}
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[ROOT] * (kind == "a device")) for kind in LOGS], ids=hyphenated
-)
-def test_a_log_file_that_is_full_gets_a_successor_if_it_can_have_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
-) -> None:
-    monkeypatch.setattr(coder_sync, "MAX_LOG", 1000)
-    path, (successor, prepare) = tmp_path / "log", LOGS[kind]
-    reader, before = prepare(path), files_of(tmp_path)
-    log = coder_sync.Log(1, str(path))
-    for i in range(60):
-        log.say(f"line {i}")
-    log.close(PATIENCE)
-    assert log.lost == 0
-    name = os.path.basename(os.path.realpath(path))
-    if successor:
-        texts = [(tmp_path / file).read_text() for file in (name + ".1", name)]
-        assert files_of(tmp_path).keys() == {*before, name, name + ".1"}
-        assert re.fullmatch(rf"({STAMP}line \d+\n)+", "".join(texts)) and texts[1].endswith("line 59\n")
-        assert all(len(text) < 1100 for text in texts)
-        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    else:
-        assert files_of(tmp_path) == before
-        text = os.read(reader, 65536) if reader else path.read_bytes() if path.is_file() else b"\n" * 60
-        assert text.count(b"\n") == 60
-    assert before.items() <= files_of(tmp_path).items()
-    if reader:
-        os.close(reader)
-
-
-def test_the_log_counts_what_could_not_be_written_and_takes_no_more_than_it_has_room_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.mkfifo(tmp_path / "log")
-    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
-    log = coder_sync.Log(1, str(tmp_path / "log"))
-    os.close(reader)
-    log.say("one")
-    until(lambda: log.lost == 1)
-    log.say("two")
-    until(lambda: log.lost == 2)
-    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
-    log.say("three")
-    lines = until(lambda: read_now(reader))
-    assert re.fullmatch(f"{STAMP}\\(2 lines lost here\\) three\n", lines)
-
-    for _ in range(30):  # more than a pipe takes
-        log.say("x" * 3000)
-    lines = ""
-    while lines.count("\n") < 30:
-        lines += until(lambda: read_now(reader))
-    assert "lost" not in lines
-    monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
-    for _ in range(30):
-        log.say("x" * 3000)
-    began = time.monotonic()
-    log.close(0.1)  # whose thread stands there
-    assert log.lost > 0 and time.monotonic() - began < 10
-    until(lambda: (read_now(reader), not log._listener._thread.is_alive())[1])
-    os.close(reader)
-
-
 @LINUX
 def test_an_agent_whose_disk_is_full_goes_on(world: World) -> None:
     agent = world.serve("--log-file", "/dev/full")
     served(world)
     assert stopped(agent).returncode == 0
+
+
+def fill_log(path: Path) -> None:
+    """Write a log that is longer than it may be."""
+    log = coder_sync.Log(1, str(path))
+    for i in range(60):
+        log.say(f"line {i}")
+    log.close(PATIENCE)
+    assert log.lost == 0
+
+
+@pytest.mark.parametrize("target", ["log", "target"], ids=["file", "link"])
+def test_a_log_file_that_is_full_gets_a_successor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
+    monkeypatch.setattr(coder_sync, "MAX_LOG", 1000)
+    if target != "log":
+        (tmp_path / "log").symlink_to(target)
+    fill_log(tmp_path / "log")
+    older, newer = ((tmp_path / name).read_text() for name in (f"{target}.1", target))
+    assert re.fullmatch(rf"({STAMP}line \d+\n)+", older + newer) and newer.endswith("line 59\n")
+    assert max(len(older), len(newer)) < 1100
+    assert stat.S_IMODE(os.stat(tmp_path / "log").st_mode) == 0o600
+    assert {*os.listdir(tmp_path)} == {"log", target, f"{target}.1"}
+
+
+def test_a_log_that_can_have_no_successor_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(coder_sync, "MAX_LOG", 1000)
+    (tmp_path / "file.1").mkdir()
+    fill_log(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    fill_log(tmp_path / "pipe")
+    assert [text.count("\n") for text in ((tmp_path / "file").read_text(), read_now(reader))] == [60, 60]
+    assert {*os.listdir(tmp_path)} == {"file", "file.1", "pipe"}
+    os.close(reader)
+
+
+def test_what_the_log_could_not_write_is_counted_in_its_next_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    log = coder_sync.Log(1, str(tmp_path / "log"))
+    os.close(reader)
+    for lost in (1, 2):
+        log.say("unread")
+        until(lambda lost=lost: log.lost == lost)
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    log.say("three")
+    assert re.fullmatch(f"{STAMP}\\(2 lines lost here\\) three\n", until(lambda: read_now(reader)))
+    log.close(PATIENCE)
+    os.close(reader)
+
+
+def test_the_queue_of_the_log_is_bounded_and_so_is_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "log")
+    reader, text = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK), ""
+    log = coder_sync.Log(1, str(tmp_path / "log"))
+    for _ in range(60):  # more than a pipe takes
+        log.say("x" * 3000)
+    monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
+    log.say("no room")
+    assert log.lost == 1
+    began = time.monotonic()
+    log.close(0.1)  # though its thread cannot go on
+    assert time.monotonic() - began < 10
+    while text.count("\n") < 60:
+        text += until(lambda: read_now(reader))
+    assert "lost" not in text
+    os.close(reader)
 
 
 def read_now(fd: int) -> str:
@@ -3042,12 +3033,12 @@ def test_a_detached_agent_is_there_and_on_its_own(world: World) -> None:
         served(world)
         os.kill(pid, signal.SIGTERM)
         until(lambda pid=pid: not alive(pid), "the end of the detached agent")
-        assert files_of(world.directory).keys() == {"log"}
+        assert os.listdir(world.directory) == ["log"]
     assert re.fullmatch(f"({STAMP}.*\n)+", log.read_text())
     assert (log.read_text().count("stopping: got SIGTERM"), log.read_text().count("SIGHUP")) == (2, 0)
 
 
-@pytest.mark.parametrize("place", ["", pytest.param("/proc", marks=NAMESPACES), pytest.param("/dev", marks=NAMESPACES)])
+@pytest.mark.parametrize("place", ["", pytest.param("/dev", marks=NAMESPACES)])
 def test_a_detached_agent_keeps_nothing_of_its_callers_open(world: World, place: str) -> None:
     with open(world.directory / "lock", "w") as mine, open(world.directory / "lock") as other:
         fcntl.flock(mine, fcntl.LOCK_EX)
@@ -3060,9 +3051,8 @@ def test_a_detached_agent_keeps_nothing_of_its_callers_open(world: World, place:
 
 
 @NAMESPACES
-@pytest.mark.parametrize("places", ["/dev", "/proc", "/dev /proc"], ids=hyphenated)
-def test_a_command_runs_where_dev_and_proc_are_empty(world: World, places: str) -> None:
-    argv = [*without(*places.split()), *program()]
+def test_a_command_runs_where_dev_and_proc_are_empty(world: World) -> None:
+    argv = [*without("/dev", "/proc"), *program()]
     done = finish(world.spawn([*argv, "serve", "--", *program(), "run", "a", "--", "sh", "-c", "echo ran; exit 3"]))
     assert (done.returncode, done.stdout) == (3, "ran\n")
     script = 'exec <&- >&- 2>&-; exec "$@" serve -- sh -c "exit 4"'
@@ -3091,25 +3081,20 @@ def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(
 
 
 REFUSED = r"""
-echo precious > agent.sock               | | {0}/agent.sock exists and is not a socket; .*
-echo precious > agent.sock               | --replace | {0}/agent.sock exists and is not a socket; .*
-mkdir agent.sock                         | | {0}/agent.sock exists and is not a socket; .*
-mkfifo agent.sock                        | | {0}/agent.sock exists and is not a socket; .*
-ln -s elsewhere agent.sock               | | {0}/agent.sock exists and is not a socket; .*
-mkfifo agent.sock.lock                   | | {0}/agent.sock.lock is not a regular file; .*
-ln -s elsewhere agent.sock.lock          | | cannot open {0}/agent.sock.lock: (Too many|Symbolic).*; .*
-mkdir agent.sock.lock                    | | cannot open {0}/agent.sock.lock: Is a directory; .*
-echo 1 > that; ln that agent.sock.lock   | | {0}/agent.sock.lock has another name, too, so that it may be any file; .*
-:                                        | --socket-path {1} | .*/x+: too long for a socket path; .*
-:> file                                  | --socket-path file/in/s | cannot make the directory {0}/file/in: Not a dir.*
-:                                        | --log-file no/file | cannot write .*no/file: No such file .*
-mkfifo f                                 | --log-file f | cannot write .*f: No such device .*
-:                                        | --pid-file no/file | cannot write .*no/file: No such file .*
+echo precious > agent.sock              | --detach | {0}/agent.sock exists and is not a socket; .*
+ln -s elsewhere agent.sock              | --replace | {0}/agent.sock exists and is not a socket; .*
+mkfifo agent.sock.lock                  | | {0}/agent.sock.lock is not a regular file; .*
+ln -s elsewhere agent.sock.lock         | | cannot open {0}/agent.sock.lock: (Too many|Symbolic).*; .*
+echo 1 > that; ln that agent.sock.lock  | | {0}/agent.sock.lock has another name, too, so that it may be any file; .*
+:                                       | --socket-path {1} | .*/x+: too long for a socket path; .*
+:> file                                 | --socket-path file/in/s | cannot make the directory {0}/file/in: Not a dir.*
+mkfifo f                                | --log-file f | cannot write .*f: No such device .*
+:                                       | --pid-file no/file --detach | cannot write .*no/file: No such file .*
+ln -s /dev/full f                       | --pid-file f | cannot write .*f: No space left .*
 """
 
 
-@FOREGROUND_OR_NOT
-def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World, how: list[str]) -> None:
+def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World) -> None:
     for number, row in enumerate(REFUSED.strip().splitlines()):
         place = world.directory / str(number)
         place.mkdir()
@@ -3117,73 +3102,63 @@ def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World, how
         subprocess.run(["sh", "-c", prepare], cwd=place, check=True)
         before = subprocess.check_output(["ls", "-linA"], cwd=place)  # with sizes and times
         env = {**world.env, "CODER_AGENT_SOCKET_PATH": str(place / "agent.sock")}
-        done = world.run("serve", *options.split(), *how, cwd=str(place), env=env)
+        done = world.run("serve", *options.split(), cwd=str(place), env=env)
         assert (done.returncode, done.stdout) == (1, ""), (row, done)
         assert re.fullmatch(f"error: {message.strip()}\n", done.stderr), (row, done)
         assert subprocess.check_output(["ls", "-linA"], cwd=place) == before, row
 
 
-@LINUX
-def test_no_room_for_the_pid_is_one_line(world: World) -> None:
-    done = world.run("serve", "--pid-file", "/dev/full")
-    assert done.returncode == 1 and re.fullmatch("error: cannot write /dev/full: No space left .*\n", done.stderr), done
-    assert os.listdir(world.directory) == []
-
-
 @contextlib.contextmanager
-def open_directory() -> Iterator[str]:
+def open_directory(mode: int = 0o755) -> Iterator[str]:
     """A directory that everybody can enter; pytest's own are private."""
     with tempfile.TemporaryDirectory(prefix="cs-") as directory:
-        os.chmod(directory, 0o755)
+        os.chmod(directory, mode)
         yield directory
 
 
-def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(world: World) -> None:
-    no_group = "cannot give {0}/agent.sock to group 12: be a member of the group, or root"
-    for mode, words, message in (
-        (0o555, "{0}/agent.sock", ".*{0}/.*: Permission denied; .*"),
+@pytest.mark.parametrize(
+    ("mode", "words", "message"),
+    [
         (0o555, "{0}/run/agent.sock", ".*{0}/.*: Permission denied; .*"),
-        (0o777, "{0}/agent.sock --group 12", no_group),
-    ):
-        with open_directory() as directory:
-            os.chmod(directory, mode)
-            done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
-            assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr), done
-            assert os.listdir(directory) == []
-            os.chmod(directory, 0o755)
+        (0o777, "{0}/agent.sock --group 12", "cannot give {0}/agent.sock to group 12: be a member of the group, or.*"),
+    ],
+    ids=["directory", "group"],
+)
+def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(
+    world: World, mode: int, words: str, message: str
+) -> None:
+    with open_directory(mode) as directory:
+        done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
+        assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr), done
+        assert os.listdir(directory) == []
 
 
 @ROOT
 def test_a_lock_of_another_user_is_named_as_such(call: Call, world: World) -> None:
-    lock = world.path + ".lock"
+    lock = Path(world.path + ".lock")
     with open(lock, "w+") as file:
         os.chown(lock, 65534, -1)
         file.write("1 but not the truth")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = call(world, "serve")
-        assert re.fullmatch(rf"error: an agent \(of user nobody\) is serving {world.path} already; .*\n", done.stderr)
-    done = call(world, "serve")
-    assert re.fullmatch(rf"error: {lock} \(of user nobody\) is not ours; .*\n", done.stderr)
-    assert Path(lock).read_text() == "1 but not the truth"
-    os.unlink(lock)
+        held = call(world, "serve").stderr
+    assert held.startswith(f"error: an agent (of user nobody) is serving {world.path} already; ")
+    assert call(world, "serve").stderr.startswith(f"error: {lock} (of user nobody) is not ours; ")
+    assert lock.read_text() == "1 but not the truth"
+    lock.unlink()
     os.mkfifo(lock)
     os.chown(lock, 65534, -1)
-    done = call(world, "serve")
-    assert re.fullmatch(rf"error: {lock} \(of user nobody\) is not a regular file; .*\n", done.stderr)
+    assert call(world, "serve").stderr.startswith(f"error: {lock} (of user nobody) is not a regular file; ")
 
 
 @pytest.mark.parametrize("umask", [0, 0o077])
-def test_the_socket_and_its_directories_have_the_permissions_asked_for_whatever_the_umask(
-    world: World, umask: int
-) -> None:
+def test_the_socket_and_its_directories_have_the_permissions_asked_for(world: World, umask: int) -> None:
     gid = grp.getgrall()[1].gr_gid if os.getuid() == 0 else os.getgid()
     world.path = str(world.directory / "run" / "user" / "agent.sock")
     for options, mode, group in (
         ([], 0o600, os.getgid()),
-        (["--mode", "0666"], 0o666, os.getgid()),
         (["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
-        (["--group", str(gid), "--mode", "640"], 0o640, gid),
+        (["--group", str(gid), "--mode", "646"], 0o646, gid),
     ):
         agent = world.serve("--socket-path", world.path, *options, preexec_fn=lambda: os.umask(umask))
         found = os.stat(world.path)
@@ -3194,18 +3169,11 @@ def test_the_socket_and_its_directories_have_the_permissions_asked_for_whatever_
 
 
 NOT_SERVED = [
-    ("--mode rw", "", 2, "error: .*rw"),
-    ("--mode 778", "", 2, "error: .*778"),
-    ("--group no-such-group", "", 2, "error: .*no-such-group"),
-    ("--", "", 2, "error: .*(-- COMMAND|COMMAND)"),
-    ("--detach -- true", "", 2, "error: .*exclude each other"),
     ("true", "", 2, "error: .*true"),
     ("", "false", 0, "not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is false"),
-    ("", "0", 0, "not serving: CODER_AGENT"),
     ("", "NO", 0, "not serving: CODER_AGENT"),
-    *(("--detach -- true", yes, 2, "error: .*exclude each other") for yes in ("true", "True", "1", "yes")),
+    *(("--detach -- true", yes, 2, "error: .*exclude each other") for yes in ("", "True", "1", "yes")),
     ("", "maybe", 2, "error: CODER_AGENT_SOCKET_SERVER_ENABLED is 'maybe'; use true or false"),
-    ("", " true", 2, "error: CODER_AGENT_SOCKET_SERVER_ENABLED is ' true'; use true or false"),
 ]
 
 
@@ -3216,7 +3184,7 @@ def test_an_agent_wrongly_asked_for_or_not_enabled_does_not_serve(call: Call, wo
         assert os.listdir(world.directory) == []
 
 
-@pytest.mark.parametrize(("value", "test"), [("NO", "! -S"), ("1", "-S")], ids=["disabled", "enabled"])
+@pytest.mark.parametrize(("value", "test"), [("0", "! -S"), ("1", "-S")], ids=["disabled", "enabled"])
 def test_a_command_runs_with_an_agent_or_without_if_that_is_disabled(world: World, value: str, test: str) -> None:
     env = {**world.env, "CODER_AGENT_SOCKET_SERVER_ENABLED": value}
     done = world.run("serve", "--", "sh", "-c", f"test {test} $CODER_AGENT_SOCKET_PATH && echo ran; exit 5", env=env)
@@ -3229,11 +3197,7 @@ def test_a_command_runs_with_an_agent_or_without_if_that_is_disabled(world: Worl
 def test_an_agent_whose_socket_is_removed_listens_there_again(world: World) -> None:
     agent = answering(world, altered("coder_sync.LOOK_AGAIN = 0.05", "serve", "--mode", "640"))
     peer = world.connect()
-    for remove in (
-        os.unlink,
-        lambda path: shutil.move(path, path + ".old"),
-        lambda path: shutil.rmtree(world.directory),
-    ):
+    for remove in (os.unlink, lambda path: shutil.rmtree(world.directory)):
         remove(world.path)
         until(lambda: serves(world, agent.pid))
         assert stat.S_IMODE(os.stat(world.path).st_mode) == 0o640
@@ -3262,7 +3226,8 @@ def test_on_a_full_disk_no_lock_is_left(world: World) -> None:
     assert done.stdout == "full\n"
 
 
-def test_of_many_that_listen_at_the_same_instant_one_wins(world: World) -> None:
+def test_of_many_that_listen_at_the_same_instant_one_wins(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "umask", lambda mask: 0)  # it is for all threads
     together = threading.Barrier(10, timeout=PATIENCE)
 
     def listen(number: int) -> str:
@@ -3276,40 +3241,27 @@ def test_of_many_that_listen_at_the_same_instant_one_wins(world: World) -> None:
             together.wait()
         return said
 
-    umask, interval = os.umask(0o077), sys.getswitchinterval()  # listen() sets the first, and it is for all threads
-    sys.setswitchinterval(1e-6)
-    try:
-        for left in [False, True] * 5:
-            if left:  # by an agent that is dead
-                listener(world.path).close()
-                Path(world.path + ".lock").write_text("1\n")
-            with concurrent.futures.ThreadPoolExecutor(10) as pool:
-                said = list(pool.map(listen, range(10)))
-            assert (said.count("serves"), sum("already" in text for text in said)) == (1, 9), said
-            assert os.listdir(world.directory) == []
-    finally:
-        sys.setswitchinterval(interval)
-        os.umask(umask)
+    for left in [False, True] * 5:
+        if left:  # by an agent that is dead
+            listener(world.path).close()
+            Path(world.path + ".lock").write_text("1\n")
+        with concurrent.futures.ThreadPoolExecutor(10) as pool:
+            said = list(pool.map(listen, range(10)))
+        assert (said.count("serves"), sum("already" in text for text in said)) == (1, 9), said
+        assert os.listdir(world.directory) == []
 
 
-@FOREGROUND_OR_NOT
-def test_replace_ends_an_agent_and_takes_its_place(call: Call, world: World, how: list[str]) -> None:
+def test_replace_ends_an_agent_and_takes_its_place(call: Call, world: World) -> None:
     stopped(world.serve("--replace"), signal.SIGKILL)  # nobody was there: that is fine too
     first = world.serve()
     world.client.want("a")
-    waiting = world.connect()
-    waiting.request("start", unit="b", dependencies=["a"])
-    world.waiting("b")
-    second = world.popen("serve", "--replace", *how)
+    second = world.popen("serve", "--replace")
     assert finish(first).returncode == 0
-    assert waiting.read()["error"]["message"] == "the agent is shutting down"
-    pid = until(lambda: world.client.ping(wait=PATIENCE)["pid"])
-    assert pid != first.pid and (pid == second.pid) == (not how)
+    until(lambda: serves(world, second.pid))
     assert world.status("a") == "not registered"
     third = call(world, "serve")
-    assert third.returncode == 1 and third.stderr.startswith(
-        f"error: an agent (pid {pid}) is serving {world.path} alre"
-    )
+    assert third.returncode == 1
+    assert third.stderr.startswith(f"error: an agent (pid {second.pid}) is serving {world.path} already; end it")
 
 
 SHORT = """
@@ -3360,17 +3312,15 @@ def test_of_several_that_replace_one_that_does_not_end_one_is_left(world: World)
 def test_an_agent_that_is_stopped_tells_who_waits_and_leaves_nothing_behind(world: World, number: int) -> None:
     agent = world.serve(stderr=subprocess.PIPE)
     peer = world.connect()
-    peer.request("start", "s", unit="a", dependencies=["never"])
     peer.request("wait", "w", units=["never"])
+    peer.request("start", "s", unit="a", dependencies=["never"])
     process = world.popen("start", "b", "--want", "never")
     world.waiting("a", "b")
     done = stopped(agent, number)
-    assert done.returncode == 0
-    assert f"stopping: got {signal.Signals(number).name}" in done.stderr
+    assert done.returncode == 0 and f"stopping: got {signal.Signals(number).name}" in done.stderr
     assert os.listdir(world.directory) == []
-    told = [peer.read(), peer.read()]
-    assert {m["id"] for m in told} == {"s", "w"}
-    assert {m["error"]["message"] for m in told} == {"the agent is shutting down"}
+    told = {message["id"]: message["error"]["message"] for message in (peer.read(), peer.read())}
+    assert told == {"s": "the agent is shutting down", "w": "the agent is shutting down"}
     assert peer.read() is None
     client = finish(process)
     assert (client.returncode, client.stderr) == (3, "error: the agent is shutting down\n")
@@ -3394,6 +3344,15 @@ def temporary(world: World) -> Path:
     return directory
 
 
+def on_pty(world: World, *words: str) -> tuple[int, int]:
+    """The pid of a call that leads the session of a terminal, and the terminal's other end."""
+    argv = [*program(), *words]
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execve(argv[0], argv, world.env)
+    return pid, master
+
+
 def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(world: World, temporary: Path) -> None:
     sync = " ".join(map(shlex.quote, program()))
     script = f"""
@@ -3410,13 +3369,14 @@ def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(wo
         assert os.listdir(world.directory) == ["t"]
 
 
-def test_our_own_failure_before_the_command_is_125(call: Call, shared: World, world: World, temporary: Path) -> None:
-    deep = str(temporary / ("x" * 110))
-    os.mkdir(deep)
-    taken = call(shared, "serve", "--socket-path", shared.path, "--", "echo", "ran")
-    deeper = world.run("serve", "--socket-path", f"{deep}/socket", "--", "echo", "ran")
-    assert world.ok("serve", "--", "echo", "ran", env={**world.env, "TMPDIR": deep}) == "ran\n"  # in another place
-    pid = shared.client.ping()["pid"]
+def test_our_own_failure_before_the_command_is_125(call: Call, agent: World, temporary: Path) -> None:
+    taken = call(agent, "serve", "--socket-path", agent.path, "--", "echo", "ran")
+    deep = temporary / ("x" * 110)
+    deep.mkdir()
+    deeper = agent.run("serve", "--socket-path", f"{deep}/socket", "--", "echo", "ran")
+    assert agent.ok("serve", "--", "echo", "ran", env={**agent.env, "TMPDIR": str(deep)}) == "ran
+"  # not there
+    pid = agent.client.ping()["pid"]
     for done, said in ((taken, f"(pid {pid})"), (deeper, "too long for a socket path")):
         assert (done.returncode, done.stdout) == (125, "") and said in done.stderr
 
@@ -3440,18 +3400,22 @@ print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4])"""
     assert third in ("[0, 1, 2]", "[0, 1, 2, 3]")  # the last is what lists them
 
 
-def test_a_command_that_cannot_be_run_is_127_or_126(shared: World, tmp_path: Path) -> None:
-    (tmp_path / "plain").write_text("#!/bin/sh\n")
-    (tmp_path / "directory").mkdir()
-    kinds = {"missing-command": 127, "./missing": 127, "./plain": 126, "./directory": 126, "": 127}
-    for words, command in [*itertools.product(["run"], kinds), ("serve", "./missing"), ("serve", "./plain")]:
-        unit = [f"unit-{next(COUNT)}"] if words == "run" else []
-        done = shared.run(words, *unit, "--", command, cwd=str(tmp_path))
-        assert done.returncode == kinds[command], done
+def test_a_command_that_cannot_be_run_is_127_or_126(agent: World) -> None:
+    (agent.directory / "plain").write_text("#!/bin/sh\n")
+    for words, command, code in (
+        ("run a", "missing-command", 127),
+        ("run a", "./missing", 127),
+        ("run a", "./plain", 126),
+        ("run a", "", 127),
+        ("serve", "./missing", 127),
+        ("serve", "./plain", 126),
+    ):
+        done = agent.run(*words.split(), "--", command)
+        assert done.returncode == code, done
         assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr), done
-        if unit:
-            failed = shared.client.status(*unit)
-            assert (failed.status, failed.exit_code) == ("failed", kinds[command]), command
+        if words == "run a":
+            failed = agent.client.status("a")
+            assert (failed.status, failed.exit_code) == ("failed", code), command
             assert f"cannot run {command}" in failed.reason
 
 
@@ -3465,51 +3429,17 @@ def test_the_exit_status_of_a_command_is_returned_even_to_who_ignores_it(
         assert (done.returncode, os.listdir(temporary)) == (code, []), script
 
 
-def test_signals_to_it_or_to_the_whole_group_reach_the_command(shared: World, words: list[str]) -> None:
+def test_signals_reach_the_command(shared: World, words: list[str]) -> None:
     process = shared.popen(*words, "--", *PYTHON, CATCH)
     assert line_of(process.stdout) == "ready\n"
-    for number in SIGNALS[:-1]:
+    for number in SIGNALS:
         process.send_signal(number)
         assert line_of(process.stdout) == f"got {int(number)}\n"
-    os.killpg(process.pid, signal.SIGINT)
-    assert line_of(process.stdout) == "got 2\n"
-    process.terminate()
-    done = finish(process)
-    assert done.returncode == 9 and "got 15\n" in done.stdout
-
-
-def test_a_command_that_is_gone_or_under_nohup_does_not_get_every_signal(shared: World, words: list[str]) -> None:
-    late = "import os; kill = os.kill\ndef gone(*what):\n    kill(*what)\n    raise ProcessLookupError\nos.kill = gone"
-    process = shared.spawn(altered(late, *words, "--", "sleep", "60"))
-    until(lambda: "sleep" in children_of(process.pid).values())
-    process.terminate()
-    assert finish(process).returncode == 143
-    words[1:] = [f"unit-{next(COUNT)}"] * (len(words) > 1)
-    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    script = ["sh", "-c", "echo on; read x; exit 3"]
-    process = shared.popen(*words, "--", *script, preexec_fn=ignore, stdin=subprocess.PIPE)
-    assert line_of(process.stdout) == "on\n"
-    os.killpg(process.pid, signal.SIGHUP)
-    process.communicate("\n", timeout=PATIENCE)
-    assert process.returncode == 3
-
-
-def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[str]) -> None:
-    pid, master = pty.fork()
-    if pid == 0:
-        program = [sys.executable, "-IS", str(FILE), *words, "--", "sh", "-c", "echo on; exec sleep 9"]
-        os.execve(sys.executable, program, shared.env)
-    seen = b""
-    while b"on\r\n" not in seen:
-        seen += os.read(master, 4096)
-    os.close(master)
-    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
+    assert finish(process).returncode == 9
 
 
 def test_a_key_reaches_the_command_once_and_a_signal_from_elsewhere_too(shared: World, words: list[str]) -> None:
-    pid, master = pty.fork()
-    if pid == 0:
-        os.execve(sys.executable, [sys.executable, "-IS", str(FILE), *words, "--", *PYTHON, CATCH], shared.env)
+    pid, master = on_pty(shared, *words, "--", *PYTHON, CATCH)
     shown_on(master, b"ready")
     for key, number in ((b"\x03", 2), (b"\x1c", 3)):
         os.write(master, key)
@@ -3520,6 +3450,23 @@ def test_a_key_reaches_the_command_once_and_a_signal_from_elsewhere_too(shared: 
     shown_on(master, b"got 15")
     assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 9
     os.close(master)
+
+
+def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[str]) -> None:
+    pid, master = on_pty(shared, *words, "--", "sh", "-c", "echo on; exec sleep 9")
+    shown_on(master, b"on\r\n")
+    os.close(master)
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
+
+
+def test_a_signal_that_was_ignored_from_the_start_stays_so(shared: World, words: list[str]) -> None:
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    script = ["sh", "-c", "echo on; read x; exit 3"]
+    process = shared.popen(*words, "--", *script, preexec_fn=ignore, stdin=subprocess.PIPE)
+    assert line_of(process.stdout) == "on\n"
+    os.killpg(process.pid, signal.SIGHUP)
+    process.communicate("\n", timeout=PATIENCE)
+    assert process.returncode == 3
 
 
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
@@ -3536,62 +3483,34 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
 def test_a_run_that_cannot_report_that_it_is_ready_passes_signals_on(world: World) -> None:
     agent = world.serve()
     traps = "trap 'echo ended >> out; exit 3' TERM; echo began >> out; while :; do sleep 0.01; done"
-    process = world.popen("run", "a", "--ready", "file:ready", "--", "sh", "-c", traps)
-    out, ready = world.directory / "out", world.directory / "ready"
+    probe = "test -e ready && : > probed"
+    process = world.popen("run", "a", "--ready", probe, "--", "sh", "-c", traps)
+    out = world.directory / "out"
     until(out.exists)
     stop(agent)
-    ready.touch()
-    time.sleep(1.2)  # longer than from one try to the next
+    (world.directory / "ready").touch()
+    until((world.directory / "probed").exists)
+    at_rest(process.pid)
     process.terminate()
     until(lambda: out.read_text() == "began\nended\n")
     agent.send_signal(signal.SIGCONT)
     assert process.wait(PATIENCE) in (3, 143)
 
 
-@pytest.mark.parametrize(
-    "what", ["rm -r $dir", "mkdir -p $dir/a/b; touch $dir/a/b/c", "rm $NOTIFY_SOCKET"], ids=hyphenated
-)
-def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: World, world: World, what: str) -> None:
-    script = f"dir=${{NOTIFY_SOCKET%/*}}; {what}; exit 7"
-    world.env.update(TMPDIR=str(world.directory), CODER_AGENT_SOCKET_PATH=shared.path)
-    name = f"untidy-{next(COUNT)}"
-    assert world.run("run", name, "--ready", "notify", "--", "sh", "-c", script).returncode == 7
-    assert shared.client.status(name).reason == "ended before it was ready (exit code 7)"
-    world.env["CODER_AGENT_SOCKET_PATH"] = world.path
-    boot = Boot(world, {"a": f"@ready notify\n{script}", "b": "echo b"})
-    boot.ends(1, "b | b\n", "failed: a (ended before it was ready (exit code 7))")
-    assert not list(world.directory.glob("coder-sync-*"))
+def test_what_a_command_does_to_its_private_directory_changes_nothing(agent: World) -> None:
+    agent.env["TMPDIR"] = str(agent.directory)
+    for what in ("rm -r $dir", "mkdir -p $dir/a/b; touch $dir/a/b/c", "rm $NOTIFY_SOCKET"):
+        script = f"dir=${{NOTIFY_SOCKET%/*}}; {what}; exit 7"
+        assert agent.run("run", "a", "--ready", "notify", "--", "sh", "-c", script).returncode == 7
+        assert agent.client.status("a").reason == "ended before it was ready (exit code 7)"
+        assert not list(agent.directory.glob("coder-sync-*"))
 
 
-def test_what_a_try_that_fails_leaves_to_others_does_not_count(shared: World) -> None:
-    name = f"leaves-{next(COUNT)}"
-    script = f"mkdir {name} || exec sh -c 'echo B=2 >> $CODER_SYNC_ENV'; echo A=1 > $CODER_SYNC_ENV; exit 1"
-    words = ["run", name, "--retry", "1", "--retry-delay", "0", "--", "sh", "-c", script]
-    assert shared.run(*words).returncode == 0
-    shared.client.want(f"after-{name}", name)
-    assert shared.client.env(f"after-{name}") == {"B": "2"}
-
-
-def test_a_try_that_cannot_begin_ends_the_run_as_itself(shared: World) -> None:
-    name, late = f"late-{next(COUNT)}", ["--ready", "notify", "--ready-timeout", "100ms", "--retry", "1"]
-    script = "rm $NOTIFY_SOCKET; mkdir $NOTIFY_SOCKET; exec sleep 60"
-    done = shared.run("run", name, *late, "--retry-delay", "0", "--", "sh", "-c", script)
-    assert done.returncode == 125
-    assert f"error: {name}: cannot be probed: {os.strerror(errno.EADDRINUSE)}\n" in done.stderr
-
-
-def test_a_nul_in_the_first_line_ends_it_as_for_the_system(call: Call, world: World) -> None:
-    files = {"a": "#!/bin/sh\0x\n", "b": "#!/bin/\0sh\n", "c": "#!/usr/bin/env sh\0\n"}
-    done = call(world, "boot", "--check", startup(world, files))
-    assert done.returncode == 2 and done.stderr.count("\n") == 2, done
-    assert "b:1: its interpreter /bin/ does not exist or cannot be run" in done.stderr
-
-
-def test_nothing_is_said_to_mean_what_waits_for_it(call: Call, agent: World) -> None:
-    call(agent, "start", "pip-install", "--want", "apt-install", "--timeout", "10ms")
-    said = call(agent, "start", "other", "--want", "apt-install", "--timeout", "10ms").stderr
-    said += call.ok(agent, "why", "pip-install") + call.ok(agent, "why") + call.ok(agent, "status", "pip-install")
-    assert '"apt-install" is not registered' in said and "id you mean" not in said, said
+def test_what_a_try_that_fails_leaves_to_others_does_not_count(agent: World) -> None:
+    script = "mkdir again || exec sh -c 'echo B=2 >> $CODER_SYNC_ENV'; echo A=1 > $CODER_SYNC_ENV; exit 1"
+    agent.ok("run", "a", "--retry", "1", "--retry-delay", "0", "--", "sh", "-c", script)
+    agent.client.want("b", "a")
+    assert agent.client.env("b") == {"B": "2"}
 
 
 def children_of(pid: int) -> dict[int, str]:
@@ -3605,38 +3524,42 @@ def children_of(pid: int) -> dict[int, str]:
     return found
 
 
+ORPHANS = "for i in 1 2 3; do (true & exec true); (sleep 0.01 & exec true); done"
+
+
 @NAMESPACES
-@pytest.mark.parametrize("what", ["serve", "serve --", "run a --"], ids=hyphenated)
-def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world: World, what: str) -> None:
-    orphans = "for i in 1 2 3; do (true & exec true); (sleep 0.01 & exec true); done"
-    words = what.split() + (["sh", "-c", f"{orphans}; echo on; sleep 60"] if what != "serve" else [])
-    if what == "run a --":
-        world.env["CODER_AGENT_SOCKET_PATH"] = shared.path
-        words[1] = f"one-{next(COUNT)}"
-    outside = world.spawn(["unshare", "-fp", "--mount-proc", *program(), *words])
-    (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if what != "serve" or serves(world)])
-    if what == "serve":
-        enter = ["nsenter", "-t", str(inside), "-p", "-m", "sh", "-c", orphans]
-        assert finish(world.spawn(enter)).returncode == 0
-    else:
-        assert line_of(outside.stdout) == "on\n"
-    until(lambda: len(children_of(inside)) == (what != "serve"), "neither orphans nor zombies")
+def test_process_1_with_a_command_takes_the_ends_of_orphans_and_obeys_term(shared: World, words: list[str]) -> None:
+    outside = shared.spawn([*UNSHARE, *program(), *words, "--", "sh", "-c", f"{ORPHANS}; echo on; sleep 60"])
+    assert line_of(outside.stdout) == "on\n"
+    (inside,) = children_of(outside.pid)
+    until(lambda: len(children_of(inside)) == 1, "neither orphans nor zombies")
     os.kill(inside, signal.SIGTERM)
-    assert finish(outside).returncode == (0 if what == "serve" else 143)
+    assert finish(outside).returncode == 143
+
+
+@NAMESPACES
+def test_an_agent_as_process_1_takes_the_ends_of_orphans_and_has_all_that_runs_ended(world: World) -> None:
+    outside = world.spawn([*UNSHARE, *program(), "serve", "-q"])
+    (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if serves(world)])
+    enter = ["nsenter", "-t", str(inside), "-p", "-m", "sh", "-c", ORPHANS]
+    assert finish(world.spawn(enter)).returncode == 0
+    until(lambda: children_of(inside) == {}, "neither orphans nor zombies")
+    run = world.connect()
+    assert "result" in run.call("start", unit="job", supervisor=True)
+    os.kill(inside, signal.SIGTERM)
+    assert run.read()["params"]["unit"] == "job"
+    run.request("fail", unit="job")
+    assert finish(outside).returncode == 0
 
 
 @NAMESPACES
 def test_a_proc_of_another_pid_namespace_counts_as_absent(world: World) -> None:
-    (world.directory / "d").mkdir()
-    (world.directory / "d/c").write_text(
-        '#!/bin/sh\n# coder-sync: extern b\necho "$CODER_SYNC_ENV"; sleep 60 & exit 3\n'
-    )
-    (world.directory / "d/c").chmod(0o755)
+    startup(world, {"c": '@extern b\necho "$CODER_SYNC_ENV"; sleep 60 & exit 3'})
     script = """
         coder run a -- sh -c 'echo "$CODER_SYNC_ENV"; echo X=1 >> "$CODER_SYNC_ENV"'
         coder run b --want a -- sh -c 'echo $X'
         coder start owned --pid $$; coder list
-        coder boot d --grace 5s"""
+        coder boot startup.d --grace 5s"""
     done = finish(world.spawn(["unshare", "-fp", *program(), "serve", "--", "sh", "-c", script], env=world.shell_env()))
     first, second, *rest = done.stdout.splitlines()
     assert second == "1" and rest[-1].startswith("c | ") and "/proc/" not in first + rest[-1], done
@@ -3653,30 +3576,23 @@ def test_a_process_of_another_pid_namespace_is_not_taken_for_dead(agent: World) 
     assert agent.client.stop() == ["a"] and finish(run).returncode == 143
 
 
-def test_a_width_of_many_digits_is_no_trouble(agent: World) -> None:
-    agent.ok("timeline", env={**agent.env, "COLUMNS": "9" * 5000})
+GIVE_BACK = """
+import os, signal
+usual = signal.pthread_sigmask(signal.SIG_BLOCK, [15])
+loop = coder_sync.Loop((15, 28))
+os.kill(os.getpid(), {})
+try:
+    loop.give_back()
+finally:
+    unchanged = {{signal.getsignal(number) for number in (15, 28, signal.SIGCHLD)}} == {{signal.SIG_DFL}}
+    print(unchanged, signal.pthread_sigmask(signal.SIG_BLOCK, []) == usual, flush=True)
+"""
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGWINCH, 0)], ids=["TERM", "WINCH"])
-def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World, number: int, code: int) -> None:
-    program = """import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import coder_sync
-signal.pthread_sigmask(signal.SIG_BLOCK, [15])
-signals = coder_sync.Loop((15, 28))
-os.kill(os.getpid(), int(sys.argv[2]))
-code = 0
-try:
-    signals.give_back()
-except SystemExit as error:
-    code = error.code
-mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-print(code, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, list(map(int, mask)), flush=True)
-signal.pthread_sigmask(signal.SIG_SETMASK, [])
-os.execvp("sh", ["sh", "-c", "kill -TERM $$; echo not reached"])
-"""
-    done = finish(world.spawn([*PYTHON, program, str(HERE), str(int(number))]))
-    assert (done.stdout, done.returncode) == (f"{code} True []\n", -signal.SIGTERM)
+def test_a_signal_that_comes_before_signals_are_given_back_is_not_lost(world: World, number: int, code: int) -> None:
+    done = finish(world.spawn(altered(GIVE_BACK.format(int(number)), "--version")))
+    assert (done.stdout.splitlines()[0], done.returncode) == ("True True", code)
 
 
 # -- supervisors ------------------------------------------------------------------------------------------
@@ -3698,13 +3614,11 @@ def test_a_supervisor_is_told_when_the_agent_is_ready_and_when_it_stops(world: W
         assert finish(agent).returncode == 0
 
 
-def test_a_supervisor_that_is_not_there_is_no_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supervisor_that_is_not_there_is_no_error(world: World) -> None:
     left = str(world.directory / "left")
     listener(left, socket.SOCK_DGRAM).close()
-    for name in ("/no/such/socket", left, "@", f"@coder-sync-{os.getpid()}-nobody"):
-        monkeypatch.setenv("NOTIFY_SOCKET", name)
-        coder_sync.notify("READY=1")
-    world.ok("serve", "--", "true", env={**world.env, "NOTIFY_SOCKET": left})
+    for name in ("/no/such/socket", left, "@"):
+        world.ok("serve", "--", "true", env={**world.env, "NOTIFY_SOCKET": name})
 
 
 def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
@@ -3713,24 +3627,6 @@ def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
     if kind == socket.SOCK_STREAM:
         sock.listen(16)
     return sock
-
-
-def test_what_a_supervisor_has_for_boot_is_for_what_comes_of_it(world: World) -> None:
-    path, scripts = str(world.directory / "supervisor"), startup(world, {"a": "true"})
-    world.env["NOTIFY_SOCKET"] = path
-    server = ["--", "sh", "-c", "echo $((LISTEN_PID - $$)) $LISTEN_FDS; exec ls /dev/fd/3"]
-    with listener(path, socket.SOCK_DGRAM) as supervisor:
-        supervisor.settimeout(PATIENCE)
-        hand_over = 'exec 3< /dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'  # as with a socket
-        done = finish(world.spawn(["sh", "-c", hand_over, "-", *program(), "boot", scripts, *server]))
-        assert (done.returncode, done.stdout) == (0, "0 1\n/dev/fd/3\n"), done
-        boot = world.popen("boot", scripts, "--stay")
-        assert supervisor.recv(1000) == b"READY=1"  # and nothing before: not from the other boot either
-        assert [unit.status for unit in world.client.list()] == ["completed"]
-        assert stopped(boot).returncode == 143
-        supervisor.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            supervisor.recv(1000)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3784,13 +3680,6 @@ b           completed        not registered  false
 on          completed        started         false
 done        ended            completed       true
 ...
-$ status other --column=current_status,required_status,SATISFIED ->
-...
-Ready: true
-
-CURRENT STATUS  REQUIRED STATUS  SATISFIED
-started         started          true
-...
 $ status behind -c 'reason,depends on' ->
 Unit: behind
 Status: skipped
@@ -3833,18 +3722,21 @@ waiting for X1 not registered; ...; X20 not registered; and 2 more
 ...
 exit 124
 $ start git-clone --pid PID -q; want apt disk -q ->
-$ start ide -t 50ms --want gitclone --want git-clone --want apt --want zzz ->
-ide: waiting for gitclone not registered, did you mean "git-clone"?; git-clone started ...; apt ...; zzz not registered
+$ start ide -t 50ms --want gitclone --want git-clone --want apt ->
+ide: waiting for gitclone not registered, did you mean "git-clone"?; git-clone started ...; apt ...
 ! timeout waiting for dependencies of unit ide
 !   gitclone not registered, did you mean "git-clone"?
 !   git-clone started TIME ago by ... (pid PID)
 !   apt pending for TIME, waits for disk
-!   zzz not registered
 exit 124
 $ complete ide -> ide: completed
 $ run apt-install --want apt-instal -t 10ms -- echo ran ->
 ! apt-install: waiting for apt-instal not registered
 ! timeout waiting for dependencies of unit apt-install
+!   apt-instal not registered
+exit 124
+$ start beside --want apt-instal -t 1ms -q ->
+! timeout waiting for dependencies of unit beside
 !   apt-instal not registered
 exit 124
 $ start locked --lock=left --lock right -q ->
@@ -3857,63 +3749,39 @@ $ start second --lock right -> second: started; it has no dependencies
 """
 REFUSALS = """
 $ want a a -> 1: cycle detected: a -> a; a unit cannot depend on itself
-$ want b a -> 1: cycle detected: b -> a -> b
-$ want a b --requires start -> 1: unit "a" wants "b" with requirement success already...
-$ want x '' -> 1: a unit name must not be empty; was a variable unset?
 $ want X256 b -> 1: unit name "xxx...256 bytes long; the limit is 255...
-$ start 'a\tb' -> 1: unit name 'a\\tb' has a character that cannot be printed
 $ start a --want=\udcff -> 1: unit name '\\udcff' has a character that cannot be printed
 $ start on -> 1: unit "on" is already started by ... (pid PARENT)
-$ complete nobody -> 1: unit "nobody" is not registered; call want, start or run on it first
 $ fail dome -> 1: unit "dome" is not registered; call want, start or run on it first; did you mean "done"?
 $ graph dome -> 1: no unit "dome"; did you mean "done"?
-$ graph nobody -> 1: no unit "nobody"; see `coder_sync.py list --all`
 $ fail done -> 1: unit "done" is completed and cannot become failed: ...start it again first
-$ complete bad -> 1: unit "bad" is failed (no disk) and cannot become completed: ...
-$ run on -- true -> 1: unit "on" is already started...
-$ start x --pid 999999999 -> 1: process 999999999 is not alive in the agent's ...
 $ start x --pid -5 -> 2: start: argument --pid: not a whole number from 0 on: '-5' (usage: ...
 $ list --socket-path /\udcff/x -> 3: cannot reach an agent at /\\udcff/x: no such file...
 $ list --socket-path X200 -> 3: cannot reach an agent at X200: AF_UNIX path too long
 $ start behind -> 4: unit "behind" skipped: dependency "bad" failed (no disk)
-$ start new --want behind -> 4: ..."new" skipped: dependency "behind" was skipped: ...no disk...
 $ wait bad -> 4: dependency "bad" failed (no disk)
-$ wait behind -> 4: dependency "behind" was skipped: dependency "bad" failed ...
 $ run behind -- echo ran -> 4: unit "behind" skipped: ...
 $ ; --socket-path -> 2: which command? want, start, ...; options follow it; see `coder_sync.py --help`
 $ --quiet start a -> 2: '--quiet': which command? want, start, ...; options follow it; see `coder_sync.py --help`
 $ frobnicate; help frobnicate -> 2: no such command: 'frobnicate'; there are want, start, ...
 $ stat -> 2: no such command: 'stat'; did you mean "start"?
-$ \udcff -> 2: no such command: '\\udcff'; there are ...
 $ X500 -> 2: no such command: 'X59; there are ...
 $ exp list -> 2: after exp comes sync, as in `exp sync start UNIT`
 $ start a --\udcff=x -> 2: start: no such option: '--\\udcff' (usage: coder_sync.py start UNIT [OPTION]...)
-$ start a --requires \udcff -> 2: start: argument --requires: invalid choice: '\\udcff' (choose from ...
 $ start a --requires start -> 2: --requires is about the units of --want, ...
-$ status a -c colour -> 2: no such column: ...
 $ list -c unit,,status -> 2: no such column: ...
 $ wait -> 2: wait: name a unit, or what is to be --ready
 $ wait --ready notify -> 2: wait: --ready notify is for `run`: it is the command of a unit that says so
 $ run a --ready '' -- true -> 2: ready: what is to be probed is missing
 $ run a --ready-timeout 5m -- true -> 2: run: --ready-timeout without --ready
 $ run a --retry-delay 1s -- true -> 2: run: --retry-delay without --retry
-$ run a --retry=-1 -- true -> 2: run: argument --retry: not a whole number from 0 on: '-1' (usage: ...
-$ run a --lock '' -- true -> 1: a lock name must not be empty; was a variable unset?
 $ timeline --blame -o json; timeline --compare x -o json -> 2: --output is the form of the timeline itself; ...
-$ serve --group 99999999999999999999 -> 2: serve: argument --group: no such group: '99999999999999999999' (...
-$ serve --detach -- true -> 2: --detach and -- COMMAND exclude each other: the agent ends with the command
 $ serve --timeline x.pdf -> 2: serve: argument --timeline: x.pdf: the name must end in .svg, .json or .txt (...
 $ start -> 2: start: the following arguments are required: UNIT (usage: coder_sync.py start UNIT [OPTION]...)
 $ start a b -> 2: start: unexpected 'b' (usage: ...
-$ want a -> 2: want: the following arguments are required: DEP (usage: coder_sync.py want UNIT DEP... [OPTION]...)
-$ run a --retry 3 2s -- true -> 2: run: unexpected '2s' (usage: ...
 $ run a sh -> 2: run: unexpected 'sh'; did you forget -- before the command? (usage: ...
 $ run a; run a -- -> 2: run: a command must follow -- (usage: coder_sync.py run UNIT [OPTION]... -- COMMAND ARG...)
 $ serve -- -> 2: serve: a command must follow -- (usage: coder_sync.py serve [OPTION]... [-- COMMAND ARG...])
-$ boot nowhere -- true ->
-! error: nothing was run:
-! nowhere: ...
-exit 2
 $ boot nowhere sleep 1 ->
 ! error: nothing was run:
 ...
@@ -3921,11 +3789,9 @@ $ boot nowhere sleep 1 ->
 exit 2
 $ start a --timeout soon; start a -tsoon -> 2: start: argument -t/--timeout: invalid duration 'soon': write ...
 $ want a b --requires X500 -> 2: want: argument --requires: invalid choice: 'xxx...
-$ completion ksh -> 2: completion: argument SHELL: invalid choice: 'ksh' (choose from ...
 $ complete a --exit-code; fail a --reason -x -> 2: ...: expected one argument (usage: ...
 $ start a --quiet=yes; start a -qx -> 2: start: ... (usage: ...
 $ start a --wants b -> 2: start: no such option: '--wants'; did you mean "--want"? (usage: ...
-$ start a --X500 -> 2: start: no such option: '--X37 (usage: ...
 """
 
 
@@ -3985,14 +3851,10 @@ def test_a_refusal_is_one_line_and_changes_nothing(call: Call, mixed: World) -> 
 
 FORMS = """
 exp sync want u a b
-want --connect-timeout 1s u a b
 want u --connect-timeout=1s a b -q
-want u a --requires=success b
 want --requires success -- u a b
-want -q u -- a b
 --connect-timeout 1s want u a b
 exp sync --connect-timeout=1s want --connect-timeout 0 u a b
---connect-timeout 5s --socket-path /x exp sync --connect-timeout 1s want u a b
 --socket-path=/x exp sync exp sync want u a b
 """
 
@@ -4006,8 +3868,7 @@ def test_options_may_stand_before_among_and_after_the_names() -> None:
 
 
 def test_a_start_that_waits_says_for_what_again_and_again_and_then_that_it_is_done(world: World) -> None:
-    world.spawn(altered("coder_sync.REPORT_EVERY = 0.02", "serve"), stderr=subprocess.DEVNULL)
-    world.client.ping(wait=PATIENCE)
+    answering(world, altered("coder_sync.REPORT_EVERY = 0.02", "serve", "-q"))
     world.client.start("clone")
     process = world.popen("start", "a", "--want", "clone", "--want", "apt", "--timeout", "0")
     started = f"clone started TIME ago by ... (pid {os.getppid()})"
@@ -4026,17 +3887,14 @@ def test_a_start_that_waits_says_for_what_again_and_again_and_then_that_it_is_do
 def test_a_probe_that_does_not_succeed_is_spoken_of_now_and_then(world: World) -> None:
     sooner = "coder_sync.FIRST_REPORT, coder_sync.REPORT_EVERY = 0.02, 0.01"
     world.serve()
-    run = world.spawn(altered(sooner, "run", "a", "--ready", "file:up", "--ready-timeout", "2s", "--", "sleep", "60"))
+    run = world.spawn(altered(sooner, "run", "a", "--ready", "file:up", "--ready-timeout", "1s", "--", "sleep", "60"))
     wait = world.spawn(altered(sooner, "wait", "--ready", "file:up", "--timeout", "1s"))
     for _ in range(2):  # at first the first try may not have ended
         until(lambda: as_written("a: not ready after TIME: file:up (no such file)\n", line_of(run.stderr)))
         until(lambda: as_written("still waiting after TIME for file:up (no such file)\n", line_of(wait.stdout)))
-    for process, last in (
-        (run, "error: a: not ready after 2.0s: file:up (no such file)\n"),
-        (wait, "  file:up: no such file\n"),
-    ):
-        done = finish(process)
-        assert done.returncode == 124 and done.stderr.endswith(last), done
+    ends = "error: a: not ready after 1.0s: file:up (no such file)\n", "  file:up: no such file\n"
+    for done, end in zip((finish(run), finish(wait)), ends):
+        assert done.returncode == 124 and done.stderr.endswith(end), done
 
 
 def test_a_plain_call_imports_nothing_that_costs_more_than_the_call(agent: World) -> None:
@@ -4052,48 +3910,45 @@ def test_a_plain_call_imports_nothing_that_costs_more_than_the_call(agent: World
 def test_env_prints_what_a_shell_takes_back(call: Call, agent: World, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"A": "it's $HOME `id` \\ \"", "B_2": "two\nlines", "C": ""}
     agent.client.want("a", "b")
-    agent.connect().call("start", unit="b")
+    agent.client.start("b")
     agent.connect().call("complete", unit="b", env=values)
     out = call.ok(agent, "env", "a")
     done = finish(agent.spawn(["sh", "-c", 'eval "$1"; printf "%s|" "$A" "$B_2" "$C"', "sh", out]))
     assert (done.stdout, done.stderr) == ("|".join([*values.values(), ""]), "")
-    for name in ("x y", "$(exit)", "1a", "", "\u00e4"):
+    for name in ("$(exit)", "1a", "", "\u00e4"):
         monkeypatch.setattr(Client, "env", lambda client, unit, name=name: {"GOOD": "1", name: "2"})
         play(call, agent, "$ env a -> 1: the agent knows a variable that no shell can take: ...\n")
 
 
 def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> None:
-    def facts(row: dict[str, Any], *keys: str) -> tuple[Any, ...]:
-        return tuple(row[key] for key in keys)
+    def rows(text: str, *keys: str) -> list[list[Any]]:
+        return [[row[key] for key in keys] for row in json.loads(text)]
 
-    assert json.loads(call.ok(agent, "list", "-o", "json")) == []
-    agent.client.want("table", "nobody")
+    assert call.ok(agent, "list", "-o", "json") == "[]\n"
     agent.client.start("\u00e4", pid=os.getpid())
-    agent.end("a")
-    assert agent.run("run", "bad", "--quiet", "--", "sh", "-c", "exit 9").returncode == 9
-    agent.client.want("table", "\u00e4", requires="start")
-    agent.client.want("table", "bad", requires="completion")
+    agent.client.start("bad")
+    agent.client.complete("bad", exit_code=9)
+    for unit, requires in (("nobody", "success"), ("\u00e4", "start"), ("bad", "completion")):
+        agent.client.want("table", unit, requires=requires)  # type: ignore[arg-type]
     text = call.ok(agent, "list", "-o", "json")
-    rows = json.loads(text)
     assert '"\u00e4"' in text  # for people, too
-    assert [facts(row, "unit_name", "status", "is_ready", "reason", "exit_code") for row in rows] == [
-        ("a", "completed", True, "", 0),
-        ("bad", "failed", True, "exit code 9", 9),
-        ("table", "pending", False, "", None),
-        ("\u00e4", "started", True, "", None),
+    assert rows(text, "unit_name", "status", "is_ready", "reason", "exit_code") == [
+        ["bad", "failed", True, "exit code 9", 9],
+        ["table", "pending", False, "", None],
+        ["\u00e4", "started", True, "", None],
     ]
-    assert (rows[2].get("dependencies"), rows[2]["owner"]) == (None, None)  # not []: it has some
-    assert rows[3]["owner"].keys() == {"pid", "command", "alive"} and rows[3]["owner"]["pid"] == os.getpid()
-    status = json.loads(call.ok(agent, "status", "table", "--output", "json"))
-    assert facts(status, "unit_name", "status", "is_ready") == ("table", "pending", False)
-    keys = ("depends_on", "required_status", "current_status", "is_satisfied")
-    assert [facts(dependency, *keys) for dependency in status["dependencies"]] == [
-        ("nobody", "completed", "not registered", False),
-        ("\u00e4", "started", "started", True),
-        ("bad", "ended", "failed", True),
+    (_, none), (_, owner) = [[row.get("dependencies"), row["owner"]] for row in json.loads(text)[1:]]
+    assert none is None and owner.keys() == {"pid", "command", "alive"} and owner["pid"] == os.getpid()
+    status = call.ok(agent, "status", "table", "--output", "json")
+    assert rows(f"[{status}]", "unit_name", "status", "is_ready") == [["table", "pending", False]]
+    dependencies = json.dumps(json.loads(status)["dependencies"])
+    assert rows(dependencies, "depends_on", "required_status", "current_status", "is_satisfied") == [
+        ["nobody", "completed", "not registered", False],
+        ["\u00e4", "started", "started", True],
+        ["bad", "ended", "failed", True],
     ]
-    status = json.loads(call.ok(agent, "status", "nobody knows it", "-o", "json"))
-    assert facts(status, "status", "is_ready") == ("not registered", True)
+    status = call.ok(agent, "status", "nobody knows it", "-o", "json")
+    assert rows(f"[{status}]", "status", "is_ready") == [["not registered", True]]
 
 
 def test_a_timeout_says_that_who_started_a_dependency_is_no_longer_running(call: Call, agent: World) -> None:
@@ -4103,14 +3958,6 @@ def test_a_timeout_says_that_who_started_a_dependency_is_no_longer_running(call:
     agent.client.complete("dep")
     assert agent.status("a") == "pending"  # it is not started later
     assert "started" not in kinds_of(agent, "a")
-
-
-def test_a_wait_takes_the_ends_of_the_probes_that_it_tries(world: World) -> None:
-    tries = world.directory / "tries"
-    process = world.popen("wait", "--ready", "echo >> tries; false", "--timeout", "30s")
-    until(lambda: tries.exists() and tries.stat().st_size > 2)
-    until(lambda: not [name for name in children_of(process.pid).values() if name.startswith("+")])
-    process.kill()
 
 
 def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
@@ -4128,33 +3975,18 @@ def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
         until(lambda file=file: not any(alive(int(pid)) for pid in file.read_text().split()), f"no try for {how}")
 
 
-def test_what_a_wait_has_just_begun_to_try_ends_with_it(world: World) -> None:
-    changes = """
-import os, threading, time
-class Thread(threading.Thread):
-    def start(self):
-        super().start()
-        while not (os.path.exists("pid") and os.path.getsize("pid")):
-            time.sleep(0.01)
-        os.kill(os.getpid(), 15)
-threading.Thread = Thread"""
-    done = finish(world.spawn(altered(changes, "wait", "--ready", "echo $$ > pid; sleep 60")))
-    assert done.returncode == 143, done
-    until(lambda: not alive(int((world.directory / "pid").read_text())))
-
-
 def test_wait_waits_for_all_and_ends_at_once_when_one_fails(agent: World) -> None:
-    processes = [agent.popen("wait", *names) for names in (["a", "b"], ["b", "c", "d"])]
-    assert line_of(processes[0].stdout) == "waiting for a not registered; b not registered\n"
-    line_of(processes[1].stdout)
+    succeeds, fails = (agent.popen("wait", *names) for names in (["a", "b"], ["b", "c", "d"]))
+    assert line_of(succeeds.stdout) == "waiting for a not registered; b not registered\n"
+    line_of(fails.stdout)
     agent.end("b")
-    assert [process.poll() for process in processes] == [None, None]
+    assert [succeeds.poll(), fails.poll()] == [None, None]
     agent.end("a")
-    done = finish(processes[0])
+    done = finish(succeeds)
     assert (done.returncode, done.stdout[:10], done.stderr) == (0, "a, b: done", "")
     agent.client.want("c")
     agent.client.fail("c", "no disk")
-    done = finish(processes[1])
+    done = finish(fails)
     assert (done.returncode, done.stderr) == (4, 'error: dependency "c" failed (no disk)\n')
     assert [u.unit_name for u in agent.client.list(everything=True)] == ["a", "b", "c"]
 
@@ -4188,18 +4020,17 @@ time.sleep = first"""
 
 
 def test_a_call_begun_before_its_agent_succeeds_also_beside_the_socket_of_a_dead_one(world: World) -> None:
-    limit = ["--connect-timeout", "30s"]
+    world.env["CODER_SYNC_CONNECT_TIMEOUT"] = "30s"
 
-    def tried(*words: str, **env: str) -> subprocess.Popen[str]:
-        process = world.spawn(altered(BOOTING, *words), env={**world.env, **env})
+    def tried(line: str) -> subprocess.Popen[str]:
+        process = world.spawn(altered(BOOTING, *line.split()))
         assert line_of(process.stdout) == "tried\n"
         return process
 
-    processes = [tried("start", "a", *limit), tried("list", *limit)]
+    processes = [*map(tried, ("start a", "list --connect-timeout 20s"))]
     with socket.socket(socket.AF_UNIX) as dead:  # it never listened: nobody could have reached it
         dead.bind(world.path)
-    processes += [tried("want", "b", "c", *limit), tried("ping", "--wait", "30s")]
-    processes.append(tried("ping", CODER_SYNC_CONNECT_TIMEOUT="30s"))
+    processes += map(tried, ("want b c", "ping --wait 30s", "ping"))
     world.serve()
     assert [finish(process).returncode for process in processes] == [0] * 5
 
@@ -4217,9 +4048,6 @@ def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World) -> 
     Path(world.path).write_text("x")
     play(call, world, NO_AGENT.format("not a socket; is the path right?"))
     os.unlink(world.path)
-    os.mkdir(world.path)
-    play(call, world, NO_AGENT.format("not a socket; is the path right?"))
-    os.rmdir(world.path)
     with listener(world.path) as sock:
         sock.listen(0)
         queued = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(5)]
@@ -4245,18 +4073,17 @@ def test_a_socket_that_one_may_not_use_names_its_owner_at_once(world: World) -> 
 @contextlib.contextmanager
 def foreign_agent(world: World, uid: int = 65534) -> Iterator[str]:
     """An agent of another user for everybody at what is the default path with the statement that is given."""
-    with open_directory() as directory:
-        os.chmod(directory, 0o777)
+    with open_directory(0o777) as directory:
         world.path = f"{directory}/agent.sock"
         world.env["CODER_AGENT_SOCKET_PATH"] = world.path
-        answering(world, stranger("serve", "--mode", "666", uid=uid), env=world.env)
+        answering(world, stranger("serve", "--mode", "666", uid=uid))
         yield f"coder_sync.DEFAULT_SOCKET = {world.path!r}"
 
 
 @ROOT
 def test_at_the_default_path_an_agent_is_ones_own_or_roots(world: World) -> None:
     def starts(uid: int, changes: str = "") -> None:
-        done = finish(world.spawn(stranger("start", f"a{next(COUNT)}", uid=uid, changes=changes), env=world.env))
+        done = finish(world.spawn(stranger("start", f"a{next(COUNT)}", uid=uid, changes=changes)))
         assert (done.returncode, done.stderr) == (0, "")
 
     with foreign_agent(world) as default:
@@ -4268,7 +4095,7 @@ def test_at_the_default_path_an_agent_is_ones_own_or_roots(world: World) -> None
         script.write_text("#!/bin/sh\n")
         script.chmod(0o755)
         for words in (["start", "a"], ["list"], ["boot", str(script)]):
-            done = finish(world.spawn(stranger(*words, uid=1, changes=default), env=world.env))
+            done = finish(world.spawn(stranger(*words, uid=1, changes=default)))
             assert done.returncode == 3
             assert done.stderr.endswith(" belongs to nobody, not to you or root; choose another --socket-path\n")
     with foreign_agent(world, uid=0) as default:
@@ -4288,10 +4115,9 @@ def test_root_takes_no_variables_from_an_agent_of_another_user(world: World) -> 
         world.ok("run", "evil", "--", "sh", "-c", leave)
         world.ok("want", "a", "evil")
         for changes in ("", default):
-            told(world.spawn(altered(changes, "env", "a"), env=world.env), "")
-            unit = f"run-{next(COUNT)}"
-            run = altered(changes, "run", unit, "--want", "evil", "--", "sh", "-c", "echo got $CODE")
-            told(world.spawn(run, env=world.env), "got\n")
+            told(world.spawn(altered(changes, "env", "a")), "")
+            run = ["run", f"run-{next(COUNT)}", "--want", "evil", "--", "sh", "-c", "echo got $CODE"]
+            told(world.spawn(altered(changes, *run)), "got\n")
         script = "# coder-sync: want evil\n# coder-sync: extern evil\necho got $CODE"
         scripts = {"b": script, "d": "# coder-sync: want b\n" + script}
         told(Boot(world, scripts).process, "b | got\nd | got\n")
@@ -4306,7 +4132,6 @@ def test_root_takes_no_variables_from_an_agent_of_another_user(world: World) -> 
 IMPOSTORS = {
     "does not speak our protocol...": [
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
-        b'{"hello": "world"}\n',
         b"[1, 2]\n",
         b"\xff\xfe\x00\n",
         b"[" * 60_000 + b"\n",
@@ -4330,13 +4155,15 @@ def test_what_is_no_agent_of_ours_is_said_to_be_none_or_to_hang_up(call: Call, w
             assert done.returncode in (0, 1, 3)
 
 
+SOON = "coder_sync.NAMED_AFTER, coder_sync.REPLY_TIMEOUT, coder_sync.REPORT_EVERY = 0.6, 2.0, 0.8"
 WAITING = ["start a --want b -t 0", "wait b -t 0", "run c --want b -t 0 -- true", "events --follow"]
+ASKING = ["ping", "list", "complete b", "want b d", "events", "env b", "reset", "shutdown", "run d --optional -- true"]
 
 
 def waiting(world: World, under: Sequence[str] = ()) -> list[subprocess.Popen[str]]:
     """Commands that wait for something of the agent, and have said so."""
     world.client.want("b")
-    processes = [world.spawn([*under, *altered(SOON, *line.split())], env=world.env) for line in WAITING]
+    processes = [world.spawn([*under, *altered(SOON, *line.split())]) for line in WAITING]
     for process, pipe in zip(processes, ("stdout", "stdout", "stderr", "stdout")):
         assert line_of(getattr(process, pipe))
     return processes
@@ -4351,50 +4178,37 @@ def test_a_client_that_waits_ends_with_its_agent(world: World) -> None:
         assert done.returncode == 3 and re.search("^error: .*went away.*\n$", done.stderr)
 
 
-SOON = "coder_sync.NAMED_AFTER, coder_sync.REPLY_TIMEOUT, coder_sync.REPORT_EVERY = 0.6, 2.0, 0.8"
-ASKING = ("ping", "list", "complete b", "want b d", "events", "env b", "reset", "shutdown", "run d --optional -- true")
-
-
-@pytest.mark.parametrize("is_agent", [True, False], ids=["a-stopped-agent", "another-program"])
-def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World, is_agent: bool) -> None:
-    with contextlib.ExitStack() as at_end:
-        if is_agent:
-            agent = world.serve()
-            stop(agent)
-        else:
-            at_end.enter_context(listener(world.path)).listen()
-        lines = [*WAITING, *ASKING]
-        processes = [world.spawn(altered(SOON, *line.split()), env=world.env) for line in lines]
-        who = re.escape(f"the agent at {world.path} (pid {agent.pid if is_agent else os.getpid()}) has not answered")
+def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World) -> None:
+    with listener(world.path):
+        processes = {line: world.spawn(altered(SOON, *line.split())) for line in (*WAITING, *ASKING)}
+        who = re.escape(f"the agent at {world.path} (pid {os.getpid()}) has not answered")
         said = (
             f"warning: {who} for 1 s; is it stopped[?]\n(error|warning: d: runs.*): {who} for 2 s; is it stopped[?]\n"
         )
-        for line, process in zip(lines, processes):
+        for line, process in processes.items():
             done = finish(process)
             assert done.returncode == (0 if "--optional" in line else 3), line
             assert re.fullmatch(said, done.stderr), line
 
 
 def test_an_agent_that_does_not_end_when_told_to_is_named(world: World) -> None:
-    agent = answering(
-        world, altered("coder_sync.METHODS['shutdown'] = lambda agent, request: {}", "serve"), env=world.env
-    )
-    done = finish(world.spawn(altered(SOON, "shutdown"), env=world.env))
+    deaf = "coder_sync.METHODS['shutdown'] = lambda agent, request: {}"
+    agent = answering(world, altered(deaf, "serve"))
+    done = finish(world.spawn(altered(SOON, "shutdown")))
     said = f"error: the agent at {world.path} (pid {agent.pid}) was told to end 2 s ago and has not; is it stopped?\n"
     assert (done.returncode, done.stderr) == (3, said)
 
 
 def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -> None:
-    agent = world.serve()
-    stop(agent)
-    asks = f"{SOON}\nchannel = coder_sync.Channel({world.path!r})\n"
-    asks += "for _ in range(9): channel.request('want', unit='x' * 60000)"
-    said = finish(world.spawn(altered(asks))).stderr
-    assert said.endswith(f"(pid {agent.pid}) has not answered for 2 s; is it stopped?\n")
+    with listener(world.path):
+        asks = f"{SOON}\nchannel = coder_sync.Channel({world.path!r})\n"
+        asks += "for _ in range(9): channel.request('want', unit='x' * 60000)"
+        said = finish(world.spawn(altered(asks))).stderr
+    assert said.endswith(f"(pid {os.getpid()}) has not answered for 2 s; is it stopped?\n")
 
 
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
-    agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
+    agent = answering(world, altered(SOON, "serve", "-q"))
     processes = waiting(world)
     for _ in range(5):  # until it has been silent for longer than REPLY_TIMEOUT, as is normal
         assert "waiting after" in line_of(processes[0].stdout)
@@ -4405,9 +4219,6 @@ def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
         assert done.returncode == 3
         said = [line for line in done.stderr.splitlines() if "still waiting" not in line]
         assert [line.partition(": the agent at")[0] for line in said] == ["warning", "error"]
-
-
-SIGNALLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 @NAMESPACES
@@ -4426,6 +4237,9 @@ def test_without_proc_the_client_says_who_called_it(world: World) -> None:
     assert world.status("a") == "completed"
 
 
+SIGNALLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
 def test_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
     for number in SIGNALLED:
         for process in waiting(agent):
@@ -4433,39 +4247,14 @@ def test_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
     served(agent)
 
 
-def child_of(process: subprocess.Popen[str]) -> int:
-    """The first child of a process."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return until(lambda: int((children.read_text().split() or ["0"])[0]))
-
-
-def has_a_socket(pid: int) -> bool:
-    """Whether a process has one open, so that it has begun to do something."""
-    with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
-        return any(os.readlink(path).startswith("socket:") for path in Path(f"/proc/{pid}/fd").iterdir())
-    return False
-
-
 @NAMESPACES
-def test_as_process_1_a_client_that_waits_ends_at_a_signal(world: World) -> None:
-    agent = world.serve()
+def test_as_process_1_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
     for number in SIGNALLED:
-        for process in waiting(world, UNSHARE):
-            os.kill(child_of(process), number)
+        for process in waiting(agent, UNSHARE):
+            (inside,) = children_of(process.pid)
+            os.kill(inside, number)
             done = finish(process)
             assert (done.returncode, done.stderr) == (128 + number, "")
-        tried = world.directory / f"tried-{number}"
-        process = world.spawn([*UNSHARE, *program(), "wait", "--timeout", "0", "--ready", f"touch {tried}; sleep 60"])
-        until(tried.exists)
-        os.kill(child_of(process), number)
-        assert process.wait(5) == 128 + number
-    stop(agent)
-    for line in ASKING:
-        process = world.spawn([*UNSHARE, *program(), *line.split()])
-        child = child_of(process)
-        until(lambda child=child: has_a_socket(child))
-        os.kill(child, signal.SIGTERM)
-        assert process.wait(5) == 143, line
 
 
 # -- standard streams -------------------------------------------------------------------------------------
@@ -4482,9 +4271,12 @@ def test_a_reader_that_goes_away_is_no_error(agent: World) -> None:
             assert process.stderr.read() == ""  # type: ignore[union-attr]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@FULL
 def test_an_answer_that_cannot_be_written_is_an_error(mixed: World) -> None:
-    for line in ("list", "status a", "timeline", "events", "ping", "--help", "--version"):
+    for line in ("status a", "events", "--help", "--version"):
         with open("/dev/full", "w", encoding="ascii") as full:
             done = mixed.run(*line.split(), stdout=full)
         assert done.returncode == 1
@@ -4495,11 +4287,11 @@ CALLS = ["want a b", "start b", "complete b", "wait b", "start a", "run c -- tru
 
 
 @pytest.mark.parametrize(
-    "output", ["> /dev/full 2> /dev/full", ">&-", "<&- >&- 2>&-"], ids=["full", "one-closed", "all-closed"]
+    "output",
+    [pytest.param("> /dev/full 2> /dev/full", marks=FULL), ">&-", "<&- >&- 2>&-"],
+    ids=["full", "one-closed", "all-closed"],
 )
 def test_what_is_done_is_done_even_if_nobody_can_read_it(agent: World, output: str) -> None:
-    if "full" in output and not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
     done = agent.shell("".join(f"coder {words} {output}\necho $?\n" for words in CALLS))
     codes = [0, 0, 0, 0, 0, 0, 1] + ([1, 1] if "full" in output else [0, 0])
     assert [int(code) for code in done.stdout.split()] == codes
@@ -4515,10 +4307,10 @@ def test_names_and_values_are_the_same_bytes_in_a_locale_of_another_encoding(wor
     world.env.update(LOCPATH=str(world.directory), LC_ALL=name)
     sets = "echo A=\u00e4\u20ac >> $CODER_SYNC_ENV; echo $CODER_SYNC_UNIT"
     path = startup(world, {"10-\u00e9.sh": f"@lock \u00fc\n{sets}", "x": "@want \u00e9\necho $A; $SYNC env x"})
-    expected = "\u00e9 | \u00e9\nx | \u00e4\u20ac\nx | export A='\u00e4\u20ac'\n"
-    for program in (FILE, installed()):
-        done = finish(world.spawn([sys.executable, str(program), "boot", path], encoding="utf-8"))
-        assert (done.returncode, done.stdout) == (0, expected), done
+    done = finish(world.spawn([sys.executable, str(FILE), "boot", path], encoding="utf-8"))
+    assert (done.returncode, done.stdout) == (0, "\u00e9 | \u00e9\nx | \u00e4\u20ac\nx | export A='\u00e4\u20ac'\n"), (
+        done
+    )
 
 
 def test_names_are_written_in_any_locale(mixed: World) -> None:
@@ -4572,8 +4364,6 @@ def test_run_of_a_command_that_fails_fails_the_unit_and_skips_what_requires_it(a
     done = finish(waiting)
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr.endswith('error: unit "b" skipped: dependency "a" failed (exit code 100)\n')
-    with pytest.raises(DependencyFailed, match=r'"b" was skipped: dependency "a" failed \(exit code 100\)'):
-        agent.client.start("c", want=["b"])
 
 
 def test_a_command_gets_the_whole_socket_path_with_an_agent_or_optionally_without(agent: World) -> None:
@@ -4609,14 +4399,20 @@ def test_a_run_whose_unit_others_complete_between_two_tries_ends(agent: World) -
     assert finish(run).returncode == 1 and agent.status("a") == "completed"
 
 
-def test_a_run_whose_command_completes_the_unit_does_not_wait_for_what_it_leaves(agent: World) -> None:
-    script = f"{' '.join(map(shlex.quote, [*program(), 'complete', 'a', '-q']))}; sleep 60 & echo $!; exec true"
-    process = agent.popen("run", "a", "--", "sh", "-c", script)
-    left = int(line_of(process.stdout))
-    try:
-        assert process.wait(PATIENCE) == 0 and agent.status("a") == "completed"
-    finally:
-        os.kill(left, signal.SIGKILL)
+def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
+    run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
+    assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
+    done, reason = stopped(run), "stopped between two tries; exit code 1"
+    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
+
+
+@pytest.mark.parametrize("first", ["", "coder complete a -q; "], ids=["completed-by-run", "completed-by-itself"])
+def test_a_run_does_not_wait_for_what_its_command_leaves(agent: World, first: str) -> None:
+    script = f"{first}sleep 60 & echo $!; exec true"
+    run = agent.popen("run", "a", "--", "sh", "-c", script, env=agent.shell_env())
+    left = int(line_of(run.stdout))
+    assert run.wait(PATIENCE) == 0 and agent.status("a") == "completed" and alive(left)
+    os.kill(left, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("completed", ["by-a-probe", "by-others", ""])
@@ -4670,8 +4466,10 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
     agent.waiting("b")
     if dies == "both":
         stop(process)  # so that it cannot report its command's end
-    for victim in {"run": [process.pid], "command": [pid], "both": [pid, process.pid]}.get(dies, [process.pid]):
-        os.kill(victim, signal.SIGKILL)
+    if dies in ("command", "both"):
+        os.kill(pid, signal.SIGKILL)
+    if dies != "command":
+        process.kill()
     done, failed = finish(waiting), agent.client.status("a")
     assert (done.returncode, done.stderr) == (4, f'error: unit "b" skipped: dependency "a" failed ({failed.reason})\n')
     if dies == "command":
@@ -4681,41 +4479,6 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
     if dies == "run":
         assert alive(pid)  # and does not hold the unit
         os.kill(pid, signal.SIGKILL)
-
-
-def test_a_command_that_leaves_a_child_or_closes_its_streams_is_done_when_it_ends_itself(agent: World) -> None:
-    read, write = os.pipe()
-    code = "import os, sys; os.fork() or os.execvp(sys.argv[1], sys.argv[1:]); os._exit(0)"
-    argv = [*PYTHON, code, *PYTHON, HANG.replace("write(1", f"write({write}")]
-    process = agent.popen("run", "a", "--", *argv, pass_fds=[write], stdout=subprocess.DEVNULL)
-    assert process.wait(PATIENCE) == 0  # not: until the child lets go of the pipes
-    os.close(write)
-    assert agent.status("a") == "completed"
-    with open(read, encoding="ascii") as pipe:
-        os.kill(int(pipe.readline()), signal.SIGKILL)
-    assert agent.run("run", "b", "--", "sh", "-c", "exec <&- >&- 2>&-; exit 4").returncode == 4
-    assert agent.client.status("b").exit_code == 4
-
-
-@LINUX
-def test_a_run_stops_with_its_terminals_group_and_goes_on(agent: World) -> None:
-    job = """import os, sys
-job = os.fork()
-if not job:
-    os.setpgid(0, 0)
-    os.execv(sys.argv[1], sys.argv[1:])
-os.write(1, b"%d\\n" % job)
-os.waitpid(job, 0)"""  # what a shell with job control does; a group without a parent in its session would not stop
-    shell = agent.spawn([*PYTHON, job, sys.executable, "-IS", str(installed()), "run", "a", "--", *PYTHON, HANG])
-    run, pid = sorted(int(line_of(shell.stdout)) for _ in range(2))
-    os.killpg(run, signal.SIGTSTP)
-    for one in (run, pid):
-        until(lambda one=one: process_state(one) == "T", "stopped")
-    assert agent.status("a") == "started"
-    os.killpg(run, signal.SIGCONT)
-    os.kill(pid, signal.SIGTERM)
-    assert finish(shell).returncode == 0
-    assert agent.client.status("a").reason == "killed by signal 15"
 
 
 @LINUX
@@ -4762,10 +4525,6 @@ def test_a_script_that_ends_fails_its_unit_unless_it_has_completed_it(agent: Wor
     until(lambda: agent.status("b") == "failed")  # by then the end of the first was seen as well
     assert "ended without completing" in agent.client.status("b").reason
     assert agent.status("a") == "completed"
-    for unit, end, reason in (("c", "exit 0", ""), ("d", "exit 7", "exit code 7"), ("e", "no-such", "exit code 127")):
-        agent.shell(f"set -e; trap 'coder complete {unit} --exit-code $?' EXIT; coder start {unit}; {end}")
-        found = agent.client.status(unit)
-        assert (found.status, found.reason) == ("failed" if reason else "completed", reason)
 
 
 def test_where_an_agent_cannot_find_out_who_called_a_client_says_it(world: World) -> None:
@@ -4788,32 +4547,12 @@ def test_a_pid_that_is_not_alive_is_refused(mixed: World) -> None:
     assert mixed.status("never") == "not registered"
 
 
-def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
-    agent = world.serve()
-    dying, pid = held(world, "dying")
-    waiting = world.popen("start", "behind", "--want", "a", "--want", "b")
-    world.waiting("behind")
-    stop(agent)
-    for victim in (dying.pid, pid):
-        os.kill(victim, signal.SIGKILL)
-    calls = [world.popen(*words) for words in (["run", "a", "--", "true"], ["start", "b"])]
-    late = world.popen("start", "late", "--want", "dying")
-    agent.send_signal(signal.SIGCONT)
-    assert [finish(call).returncode for call in (*calls, late)] == [0, 0, 4]
-    world.client.complete("b")
-    assert finish(waiting).returncode == 0
-    found = {u.unit_name: u.status for u in world.client.list()}
-    expected = {"a": "completed", "b": "completed", "behind": "started", "dying": "failed", "late": "skipped"}
-    assert found == expected
-
-
-@pytest.mark.parametrize("how", [stop, killed])
-def test_a_run_says_what_an_agent_was_not_told_and_waits_for_it_once(world: World, gate: Gate, how: Any) -> None:
+def test_a_run_says_what_a_stopped_agent_was_not_told_and_waits_for_it_once(world: World, gate: Gate) -> None:
     agent = world.serve()
     command = ["--ready", "notify", "--retry", "2", "--retry-delay", "0", "--", "sh", "-c", "cat gate; exit 3"]
     run = world.spawn(altered("coder_sync.REPLY_TIMEOUT = 1.0", "run", "a", *command))
     gate.reached()
-    how(agent)
+    stop(agent)
     gate.open()
     gate.keep_open(lambda: run.poll() is not None)
     said = finish(run).stderr
@@ -4873,9 +4612,6 @@ def test_stop_tells_all_at_half_time_names_what_is_left_and_goes_on_without_who_
     still = rf'unit "db" still runs: .*python.* \(pid {os.getpid()}\)'
     cannot = r'unit "script" cannot be stopped: it is .+ \(pid \d+\), which has no supervisor: end that process'
     assert re.fullmatch(f"error: {still}; {cannot}\n", done.stderr)
-    for unit, error in (("script", f"^{cannot}$"), ("db", f"^{still}$")):
-        with pytest.raises(Refused, match=error):
-            world.client.stop(unit, grace=0.1)
     db.ended()
     assert world.client.stop("db", "app") == []
     assert [unit.reason for unit in world.client.list()] == ["stopped", "stopped", ""]
@@ -4930,33 +4666,6 @@ def test_a_command_that_ends_has_all_that_its_units_run_ended(world: World) -> N
     assert finish(agent).returncode == 3
 
 
-@NAMESPACES
-def test_process_1_has_all_that_runs_ended(world: World) -> None:
-    outside = world.spawn(["unshare", "-fp", "--mount-proc", *program(), "serve", "-q"])
-    (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if serves(world)])
-    run = world.connect()
-    assert "result" in run.call("start", unit="job", supervisor=True)
-    os.kill(inside, signal.SIGTERM)
-    assert run.read()["params"]["unit"] == "job"
-    run.request("fail", unit="job")
-    assert finish(outside).returncode == 0
-
-
-def test_a_boot_that_resumes_is_told_what_is_done(agent: World) -> None:
-    db, boot = Supervisor(agent, "db"), agent.connect()
-    rows = [{"unit": "db"}, {"unit": "app", "wants": {"db": "success"}}]
-    refused = boot.call("boot", units=rows)["error"]["message"]
-    assert refused.startswith('unit "db" still runs (pid ')
-    boot.request("boot", units=rows, resume=True)
-    answers = [boot.read(), boot.read()]
-    assert {"jsonrpc": "2.0", "id": 1, "result": {"units": 2, "done": ["db"]}} in answers
-    assert {"unit": "app", "status": "started", "reason": "", "env": {}} in [a.get("params") for a in answers]
-    db.peer.close()
-    until(lambda: agent.status("db") == "failed")
-    reason = agent.client.status("db").reason
-    assert re.fullmatch(rf"lost: process {os.getpid()} \(.*\) ended; its command may still run", reason)
-
-
 @pytest.mark.parametrize("way", ["run u -- cat gate", "boot -q startup.d"], ids=["run", "boot"])
 def test_who_holds_a_unit_may_report_though_its_parents_start_was_refused(agent: World, gate: Gate, way: str) -> None:
     startup(agent, {"u": "cat gate"})
@@ -4972,24 +4681,16 @@ def test_who_holds_a_unit_may_report_though_its_parents_start_was_refused(agent:
     assert agent.status("u") == "completed"
 
 
-def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
-    run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
-    assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
-    done, reason = stopped(run), "stopped between two tries; exit code 1"
-    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
-
-
 @pytest.mark.parametrize(
     ("options", "script", "code"),
     [
-        ("", "echo on; exec sleep 60", 143),
         ("--ready file:never", "echo on; exec sleep 60", 143),
         ("--ready file:up", "touch up; echo on; exec sleep 60", 143),
         ("--retry 1 --retry-delay 10m", "echo on; exit 3", 3),
         ("", "trap '' TERM; echo on; while :; do sleep 0.1; done", 137),
         ("", "trap 'exit 0' TERM; echo on; while :; do sleep 0.1; done", 1),
     ],
-    ids=["running", "not-ready", "ready", "between-two-tries", "deaf", "ends-well"],
+    ids=["not-ready", "ready", "between-two-tries", "deaf", "ends-well"],
 )
 def test_a_stop_ends_what_a_run_has_in_whatever_state(agent: World, options: str, script: str, code: int) -> None:
     run = agent.popen("run", "a", *options.split(), "--", "sh", "-c", script)
@@ -5020,18 +4721,16 @@ def test_a_run_finds_its_command_in_the_path_that_a_dependency_has_left(agent: W
     tools = agent.directory / "tools"
     tools.mkdir()
     (tools / "tool").write_text("#!/bin/sh\necho $0 $1\n")
-    (tools / "plain").write_text("")
     agent.ok("run", "pip", "--", "sh", "-c", f'echo "PATH={tools}:$PATH" >> "$CODER_SYNC_ENV"')
     run = ["run", "a", "--want", "pip", "--"]
     assert agent.run(*run, "tool", "x").returncode == 126
     (tools / "tool").chmod(0o755)
     assert agent.ok(*run, "tool", "x") == f"{tools}/tool x\n"
     assert agent.ok(*run, "sh", "-c", "echo sh") == "sh\n"
-    assert [agent.run(*run, name).returncode for name in ("no-such", "plain")] == [127, 126]
-    assert agent.run(*run, "echo hi").stderr.endswith("for a shell's command line write sh -c '...'\n")
-    ready = agent.popen("run", "b", "--want", "pip", "--ready", "tool x", "--", "sleep", "60")
+    missing = agent.run(*run, "echo hi")
+    assert missing.returncode == 127 and missing.stderr.endswith("for a shell's command line write sh -c '...'\n")
+    agent.popen("run", "b", "--want", "pip", "--ready", "tool x", "--", "sleep", "60")
     until(lambda: agent.status("b") == "completed")
-    stopped(ready)
 
 
 @pytest.mark.parametrize("ready", ["", "--ready true", "--ready notify"], ids=["", "true", "notify"])
@@ -5050,8 +4749,7 @@ def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate
     assert finish(run).returncode == 0
 
 
-@pytest.mark.parametrize("way", ["run", "boot"])
-def test_what_says_that_it_is_ready_and_ends_was_ready_whatever_is_seen_first(agent: World, way: str) -> None:
+def test_what_says_that_it_is_ready_and_ends_was_ready_whatever_is_seen_first(agent: World) -> None:
     unseen = """
 watch = coder_sync.Loop.watch
 def unless_probed(loop, fd, handler, for_writing=False):
@@ -5059,12 +4757,8 @@ def unless_probed(loop, fd, handler, for_writing=False):
         watch(loop, fd, handler, for_writing)
 coder_sync.Loop.watch = unless_probed"""
     says = "import os, socket; s = socket.socket(1, 2); s.sendto(b'READY=1', os.environ['NOTIFY_SOCKET']); os._exit(3)"
-    script = f'exec {sys.executable} -ISc "{says}"'
-    if way == "run":
-        done = finish(agent.spawn(altered(unseen, "run", "a", "--ready", "notify", "--", "sh", "-c", script)))
-        assert (done.returncode, done.stderr) == (3, "")
-    else:
-        Boot(agent, {"a": f"@ready notify\n{script}"}, patch=unseen).ends(1, "", "died: a (completed, then ended: ")
+    done = finish(agent.spawn(altered(unseen, "run", "a", "--ready", "notify", "--", *PYTHON, says)))
+    assert (done.returncode, done.stderr) == (3, "")
     assert kinds_of(agent, "a")[-2:] == ["completed", "died"]
 
 
@@ -5075,7 +4769,7 @@ coder_sync.Loop.watch = unless_probed"""
 MY_SETUP = """UNIT_NAME="my-setup"
 coder exp sync want "$UNIT_NAME" "git-clone"
 coder exp sync start "$UNIT_NAME"
-echo "Running after git-clone completes"
+echo "Running after git-clone completes"; echo my-setup >> order
 coder exp sync complete "$UNIT_NAME"
 """
 SYNC_STARTED = """SYNC_STARTED=0
@@ -5103,8 +4797,7 @@ def test_the_scripts_of_the_documents_run_in_parallel_in_the_right_order(agent: 
 
     body = 'echo "$UNIT_NAME" >> order\n'
     ide_setup = "coder exp sync want ide-setup git-clone\ncoder exp sync want ide-setup env-setup\n"
-    setup = script_of(MY_SETUP.replace('completes"', 'completes"; echo my-setup >> order'))
-    ide = script_of(ide_setup + SYNC_STARTED + body, UNIT_NAME="ide-setup")
+    setup, ide = script_of(MY_SETUP), script_of(ide_setup + SYNC_STARTED + body, UNIT_NAME="ide-setup")
     agent.waiting("my-setup", "ide-setup")
     clone = script_of(SYNC_STARTED + body, UNIT_NAME="git-clone")
     env = script_of(COMMAND_V + body + 'coder exp sync complete "$UNIT_NAME"', UNIT_NAME="env-setup")
@@ -5114,15 +4807,12 @@ def test_the_scripts_of_the_documents_run_in_parallel_in_the_right_order(agent: 
     at = {name: n for n, name in enumerate((agent.directory / "order").read_text().split())}
     assert at["git-clone"] < at["my-setup"] and max(at["git-clone"], at["env-setup"]) < at["ide-setup"]
     assert [(u.unit_name, u.status) for u in agent.client.list()] == [(name, "completed") for name in sorted(at)]
-    assert (
-        agent.shell(MY_SETUP, "bash").stdout
-        == """\
-my-setup: depends on git-clone
-my-setup: started; satisfied already: git-clone
-Running after git-clone completes
-my-setup: completed
-"""
-    )  # again, with nothing to wait for
+    assert agent.shell(MY_SETUP, "bash").stdout.splitlines() == [  # again, with nothing to wait for
+        "my-setup: depends on git-clone",
+        "my-setup: started; satisfied already: git-clone",
+        "Running after git-clone completes",
+        "my-setup: completed",
+    ]
 
 
 def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
@@ -5131,15 +4821,16 @@ def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
     assert mixed.status("trap") == "completed"
     assert mixed.shell("UNIT_NAME=on\n" + SYNC_STARTED, "bash").returncode == 0
     assert mixed.status("on") == "started"  # by somebody else, and left alone
+    for unit, end, reason in (("c", "exit 0", ""), ("d", "exit 7", "exit code 7"), ("e", "no-such", "exit code 127")):
+        mixed.shell(f"set -e; trap 'coder complete {unit} --exit-code $?' EXIT; coder start {unit}; {end}")
+        found = mixed.client.status(unit)
+        assert (found.status, found.reason) == ("failed" if reason else "completed", reason)
 
 
 WILD = [
     """set -euo pipefail; trap 'coder exp sync complete UNIT' EXIT
     coder exp sync want UNIT a b c; coder exp sync start --timeout 30m UNIT""",
-    """coder exp sync want UNIT a b c > /dev/null 2>&1 || true
-    coder exp sync start UNIT > /dev/null 2>&1 || true
-    coder exp sync complete UNIT > /dev/null 2>&1 || true""",
-    """sync() { coder exp sync "$@"; }
+    """sync() { coder exp sync "$@" > /dev/null 2>&1 || true; }
     sync want UNIT a b c; sync start UNIT; sync complete UNIT""",
     """(coder exp sync want ready-UNIT a b c; coder exp sync start ready-UNIT; coder exp sync complete ready-UNIT) &
     coder exp sync want UNIT ready-UNIT a b; coder exp sync start UNIT; coder exp sync complete UNIT""",
@@ -5151,8 +4842,8 @@ def test_the_forms_in_which_scripts_call_it(agent: World) -> None:
     for n, script in enumerate(WILD):
         done = agent.shell(script.replace("UNIT", f"form-{n}"), "bash")
         assert (done.returncode, done.stderr) == (0, ""), script
-        assert agent.status(f"form-{n}") == "completed"
-        assert len(agent.client.status(f"form-{n}").dependencies) == 3
+        found = agent.client.status(f"form-{n}")
+        assert (found.status, len(found.dependencies)) == ("completed", 3)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5160,12 +4851,11 @@ def test_the_forms_in_which_scripts_call_it(agent: World) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def tool(world: World, form: str = "installed", name: str = "coder") -> str:
+def tool(world: World, form: str = "installed") -> str:
     """The file as somebody may have it in a directory of its own."""
     directory = world.directory / f"{form} tools"
     directory.mkdir(exist_ok=True)
-    shutil.copy(FILE if form == "plain" else installed(), directory / name)
-    return str(directory / name)
+    return str(shutil.copy(FILE if form == "plain" else installed(), directory / "coder"))
 
 
 def command(world: World, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -5174,7 +4864,7 @@ def command(world: World, *argv: str, **options: Any) -> subprocess.CompletedPro
 
 
 def install(world: World, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return command(world, sys.executable, "-IS", str(installed()), "install", *words, **options)
+    return command(world, *program(), "install", *words, **options)
 
 
 @functools.lru_cache(maxsize=None)
@@ -5198,24 +4888,15 @@ def test_every_way_of_calling_it_works(shared: World, world: World, form: str) -
     (world.directory / "link").symlink_to(path)
     (world.directory / "link of a link").symlink_to("link")
     env = {"PATH": world.shell_env()["PATH"], "CODER_AGENT_SOCKET_PATH": shared.path}  # no HOME, for one
-    for argv in (
-        [path],
-        [python, path],
-        ["./link of a link"],
-        [python, "link"],
-        [os.path.relpath(path, world.directory)],
-    ):
-        done = command(world, *argv, "exp", "sync", "graph", "nobody", env=env)
-        name = os.path.basename(argv[-1])
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f'error: no unit "nobody"; see `{name} list --all`\n'
+    ways = [[path], [python, path], ["./link of a link"], [python, "link"], [os.path.relpath(path, world.directory)]]
     for shell in filter(shutil.which, ("sh", "bash", "dash", "zsh", "busybox")):
-        words = [str(shutil.which(shell)), *["sh"] * (shell == "busybox"), path]
-        name = f"{shell} {form} a 'b' \"c\" $d `e` \\ * \u00e4"
-        done = command(world, *words, "want", name, "-q", "x", env=env)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert name in [u.unit_name for u in shared.client.list()]
-        assert command(world, *words, "ping", env={"PATH": "/nowhere"}).returncode == 127
+        ways.append([str(shutil.which(shell)), *["sh"] * (shell == "busybox"), path])
+    name = "a 'b' \"c\" $d `e` \\ * \u00e4"
+    for argv in ways:
+        done = command(world, *argv, "exp", "sync", "graph", name, env=env)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f'error: no unit "{name}"; see `{os.path.basename(argv[-1])} list --all`\n'
+    assert command(world, path, "ping", env={"PATH": "/nowhere"}).returncode == 127
     assert os.listdir(os.path.dirname(path)) == ["coder"]  # nothing is left beside it
 
 
@@ -5246,19 +4927,18 @@ def test_ps_shows_what_was_called(agent: World, form: str) -> None:
 
 
 @BOTH_FORMS
-def test_an_error_names_its_line(world: World, form: str) -> None:
+@pytest.mark.parametrize("line", ["want a b", "list"], ids=["above-the-cut", "below-the-cut"])
+def test_an_error_names_its_line(world: World, form: str, line: str) -> None:
     lines = FILE.read_text(encoding="utf-8").splitlines(keepends=True)
-    for command_name in ("want", "list"):  # above the cut, and below
-        at = next(n for n, line in enumerate(lines) if line.startswith(f"def cmd_{command_name}(")) + 2
-        lines[at] = "    raise RuntimeError('on purpose')\n"
-        path = world.directory / command_name
-        path.write_text("".join(lines), encoding="utf-8")
-        path.chmod(0o755)
-        assert form == "plain" or command(world, sys.executable, str(path), "install").returncode == 0
-        words = ["want", "a", "b"] if command_name == "want" else ["list"]
-        done = command(world, str(path), *words, env={**world.shell_env(), "CODER_SYNC_DEBUG": "1"})
-        assert f"line {at + 1}, in cmd_{command_name}\n" in done.stderr
-        lines[at] = "\n"
+    function = f"cmd_{line.split(maxsplit=1)[0]}"
+    at = next(n for n, text in enumerate(lines) if text.startswith(f"def {function}(")) + 2
+    lines[at] = "    raise RuntimeError('on purpose')\n"
+    path = world.directory / "coder"
+    path.write_text("".join(lines), encoding="utf-8")
+    path.chmod(0o755)
+    assert form == "plain" or command(world, sys.executable, str(path), "install").returncode == 0
+    done = command(world, str(path), *line.split(), env={**world.shell_env(), "CODER_SYNC_DEBUG": "1"})
+    assert f"line {at + 1}, in {function}\n" in done.stderr
 
 
 HOOK = """
@@ -5310,7 +4990,7 @@ def test_a_damaged_file_is_said_to_be_one_in_one_line(world: World, form: str) -
             Path(path).write_bytes(whole[:size])
             done = command(world, path, "list")
             assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and "internal" not in done.stderr, size
-    for at in (len(whole) // 8, len(whole) // 4, len(whole) // 2):
+    for at in (len(whole) // 8, len(whole) // 2):
         Path(path).write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
         done = command(world, path, "list", "--connect-timeout", "0")
         said = "cannot reach an agent" if form == "installed" else "is damaged: copy or install it again\n"
@@ -5338,18 +5018,19 @@ def test_the_copy_is_an_archive_with_the_source_as_it_was_and_imported_from_as_a
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert archive.read("coder_sync.py") == FILE.read_bytes()
-    if shutil.which("unzip"):
-        assert subprocess.check_output(["unzip", "-p", path, "coder_sync.py"]) == FILE.read_bytes()
     env = {**agent.shell_env(), "PYTHONPATH": path}
     code = "import coder_sync as c; print(c.Client().ping()['pid'] > 0, c.Units.__doc__ > '', c.PROGRAM)"
     assert command(agent, sys.executable, "-c", code, env=env).stdout == "True True coder\n"
     assert command(agent, sys.executable, "-m", "coder_sync", "ping", env=env).stdout.startswith("agent at ")
-    again = str(agent.directory / "copy")
-    for source, seed in ((str(FILE), "1"), (again, "2")):  # the same input gives the same bytes
-        env["PYTHONHASHSEED"] = seed
-        done = command(agent, sys.executable, source, "install", again, env=env)
-        assert (done.returncode, done.stdout) == (0, f"{again}: installed for {sys.executable}\n")
-        assert Path(again).read_bytes() == installed().read_bytes()
+
+
+def test_the_same_input_gives_the_same_copy(world: World) -> None:
+    copy = world.directory / "copy"
+    for source, seed in ((FILE, "1"), (copy, "2")):
+        env = {**world.shell_env(), "PYTHONHASHSEED": seed}
+        done = command(world, sys.executable, str(source), "install", str(copy), env=env)
+        assert (done.returncode, done.stdout) == (0, f"{copy}: installed for {sys.executable}\n")
+        assert copy.read_bytes() == installed().read_bytes()
 
 
 def test_another_python_runs_it_from_the_source_and_serve_says_so_once(world: World) -> None:
@@ -5368,50 +5049,41 @@ def test_another_python_runs_it_from_the_source_and_serve_says_so_once(world: Wo
     done = command(world, path, "install", "--python", python)
     assert (done.returncode, done.stdout) == (0, f"{path}: installed for {python}\n")
     assert [said(path), said(python, path)] == [0, 0]
-    assert command(world, path, "install").returncode == 0  # by the other Python, which `path` now calls
-    assert said(python, path) == 0
 
 
 def test_too_old_a_python_is_told_which_is_needed(world: World) -> None:
     old = [path for version, path in pythons().items() if version < "3.08"]
     if not old:
         pytest.skip("there is no old Python")
-    for python in old:
-        plain = command(world, python, str(FILE), "ping")
-        assert plain.returncode == 1 and '(NEEDED := "Python 3.8 or later")' in plain.stderr
-        copy = command(world, python, tool(world), "ping")
-        assert copy.returncode == 1 and copy.stderr.startswith("error: coder_sync needs Python 3.8 or later, and this")
-        assert copy.stderr.count("\n") == 1
-        done = install(world, "--python", python, "copy")
-        assert done.returncode == 1 and "cannot run coder_sync, which needs Python 3.8 or later" in done.stderr
+    plain = command(world, old[0], str(FILE), "ping")
+    assert plain.returncode == 1 and '(NEEDED := "Python 3.8 or later")' in plain.stderr
+    copy = command(world, old[0], tool(world), "ping")
+    assert copy.returncode == 1 and copy.stderr.startswith("error: coder_sync needs Python 3.8 or later, and this")
+    assert copy.stderr.count("\n") == 1
+    done = install(world, "--python", old[0], "copy")
+    assert done.returncode == 1 and "cannot run coder_sync, which needs Python 3.8 or later" in done.stderr
     assert not (world.directory / "copy").exists()
 
 
 def test_install_keeps_mode_and_owner_follows_links_and_replaces_in_one_step(world: World) -> None:
-    expected = {0o640: 0o750, 0o755: 0o755, 0o600: 0o700}
-    links = [world.directory / f"link-{mode:o}" for mode in expected]
-    for mode, link in zip(expected, links):
-        real = world.directory / f"real-{mode:o}"
-        real.write_bytes(FILE.read_bytes())
-        real.chmod(mode)
+    for before, after in ((0o640, 0o750), (0o600, 0o700)):
+        real, link = world.directory / f"real-{before:o}", world.directory / f"link-{before:o}"
+        shutil.copy(FILE, real)
+        real.chmod(before)
         if os.getuid() == 0:
             os.chown(real, 65534, 65534)
         link.symlink_to(real.name)
-    opened = [link.open("rb") for link in links]
-    before = [os.fstat(file.fileno()) for file in opened]
-    assert command(world, sys.executable, str(links[0]), "install").returncode == 0  # in place
-    assert install(world, *map(str, links[1:])).returncode == 0
-    for link, file, old in zip(links, opened, before):
+        with real.open("rb") as opened:
+            old = os.fstat(opened.fileno())
+            assert command(world, sys.executable, str(link), "install").returncode == 0  # in place
+            assert opened.read() == FILE.read_bytes()  # whoever reads goes on reading the old one
         now = link.stat()
-        assert stat.S_IMODE(now.st_mode) == expected[stat.S_IMODE(old.st_mode)]
-        assert (now.st_uid, now.st_gid) == (old.st_uid, old.st_gid)
+        assert (stat.S_IMODE(now.st_mode), now.st_uid, now.st_gid) == (after, old.st_uid, old.st_gid)
         assert link.is_symlink() and link.read_bytes() == installed().read_bytes()
-        with file:
-            assert file.read() == FILE.read_bytes()  # whoever reads goes on reading the old one
-    for umask, mode in (("027", 0o750), ("0", 0o755)):
-        script = f"umask {umask}; exec {sys.executable} {links[0]} install new-{umask}"
-        assert command(world, "sh", "-c", script).returncode == 0
-        assert stat.S_IMODE((world.directory / f"new-{umask}").stat().st_mode) == mode
+    for umask, mode in ((0o027, 0o750), (0, 0o755)):
+        name = f"new-{umask:o}"
+        assert install(world, name, preexec_fn=lambda umask=umask: os.umask(umask)).returncode == 0
+        assert stat.S_IMODE((world.directory / name).stat().st_mode) == mode
 
 
 OURS = "#!/bin/sh\n# coder_sync of our own\nexec /opt/coder_sync.py serve\n"
@@ -5430,6 +5102,13 @@ TROUBLES: dict[str, tuple[str, str, Any]] = {  # words, what is said, what is in
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trouble: str) -> None:
+    def files() -> list[tuple[Path, object]]:
+        return sorted((path, path.is_file() and path.read_bytes()) for path in world.directory.rglob("*"))
+
+    def limit() -> None:
+        size = installed().stat().st_size - 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
     words, complaint, what = TROUBLES[trouble]
     there = world.directory / "there"
     if callable(what):
@@ -5437,14 +5116,12 @@ def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trou
     elif what:
         there.write_text(what, encoding="utf-8")
         there.chmod(0o755)
-    size = installed().stat().st_size - 1
-    limit = [lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))] if trouble == "full-disk" else [None]
     world.shell_env()
-    before = sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*"))
-    done = install(world, *words.split(), preexec_fn=limit[0])
+    before = files()
+    done = install(world, *words.split(), preexec_fn=limit if trouble == "full-disk" else None)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("error: ") and complaint in done.stderr
-    assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
+    assert files() == before
 
 
 def test_install_warns_when_calls_would_start_another_python(world: World) -> None:
@@ -5476,26 +5153,36 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) ->
 
 
 def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, beside, now = tool(world), world.directory / "beside", installed().read_bytes()
-    old, source = f'__version__ = "{coder_sync.__version__}"', world.directory / "newer.py"
-    versions = {f"coder_sync {coder_sync.__version__}", "coder_sync 99"}
-    source.write_text(FILE.read_text(encoding="utf-8").replace(old, '__version__ = "99"' + " # longer" * 999))
+    path, beside, source = tool(world), world.directory / "beside", world.directory / "newer.py"
+    version = f'__version__ = "{coder_sync.__version__}"'
+    source.write_text(FILE.read_text(encoding="utf-8").replace(version, '__version__ = "99"' + " # longer" * 999))
     monkeypatch.setattr(coder_sync, "FILE", str(source))
     monkeypatch.setattr(coder_sync, "__version__", "99")
-    newer = coder_sync.application("")
+    copies = itertools.cycle([coder_sync.application(""), installed().read_bytes()])
     loop = "for i in 1 2 3 4 5 6 7 8; do %s --version || exit; done"
     calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'")]
-    for copy in itertools.cycle([newer, now]):
-        beside.write_bytes(copy)
+    while any(process.poll() is None for process in calls):
+        beside.write_bytes(next(copies))
         beside.chmod(0o755)
         os.rename(beside, path)  # as install does
         time.sleep(0.01)  # so that calls get on
-        if all(process.poll() is not None for process in calls):
-            break
     for process in calls:
         done = finish(process)
         assert (done.returncode, done.stderr) == (0, "")
-        assert len(done.stdout.splitlines()) == 8 and versions >= {*done.stdout.splitlines()}
+        assert re.fullmatch(r"(coder_sync (0\.\d+\.\d+|99)\n){8}", done.stdout)
+
+
+ABOVE = """
+$ want b a -q ->
+$ start a --want c --requires completion -t 10ms -> ...
+...
+exit 124
+$ start c; complete c --exit-code 3; start a; complete a -> ...
+$ complete a --exit-code 1 -> 1: ...
+$ fail b --reason x -> ...
+$ start d --want b -> 4: ...
+$ complete e -> 1: ...
+"""
 
 
 def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: World) -> None:
@@ -5509,21 +5196,7 @@ def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: 
         missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
     assert missing <= vars(builtins).keys()
     call.main = defined["main"]
-    play(
-        call,
-        agent,
-        """
-$ want b a -q ->
-$ start a --want c --requires completion -t 10ms -> ...
-...
-exit 124
-$ start c; complete c --exit-code 3; start a; complete a -> ...
-$ complete a --exit-code 1 -> 1: ...
-$ fail b --reason x -> ...
-$ start d --want b -> 4: ...
-$ complete e -> 1: ...
-""",
-    )
+    play(call, agent, ABOVE)
 
 
 # ---------------------------------------------------------------------------------------------------------
