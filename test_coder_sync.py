@@ -3374,8 +3374,7 @@ def test_our_own_failure_before_the_command_is_125(call: Call, agent: World, tem
     deep = temporary / ("x" * 110)
     deep.mkdir()
     deeper = agent.run("serve", "--socket-path", f"{deep}/socket", "--", "echo", "ran")
-    assert agent.ok("serve", "--", "echo", "ran", env={**agent.env, "TMPDIR": str(deep)}) == "ran
-"  # not there
+    assert agent.ok("serve", "--", "echo", "ran", env={**agent.env, "TMPDIR": str(deep)}) == "ran\n"  # not there
     pid = agent.client.ping()["pid"]
     for done, said in ((taken, f"(pid {pid})"), (deeper, "too long for a socket path")):
         assert (done.returncode, done.stdout) == (125, "") and said in done.stderr
