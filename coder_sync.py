@@ -5237,14 +5237,14 @@ LAST_WAIT = 2.0  # seconds after KILL in which a process must have ended
 WAITING = "waiting"  # for its first try, or the next one
 CHECKING = "checking"  # whether the probe succeeds already, before the command is run
 RUNNING = "running"
-READY = "ready"  # the unit has completed; the command, or something that it has left, runs on
+SETTLED = "settled"  # the unit has its outcome; the command, or a process that it has left, runs on
 ENDING = "ending"  # its processes are being ended
 GONE = "gone"  # none of its processes is left, and there will be no further try
 FOLLOW = {  # state -> states that may follow it
     WAITING: (WAITING, CHECKING, RUNNING, GONE),
     CHECKING: (WAITING, RUNNING, GONE),
-    RUNNING: (READY, ENDING),
-    READY: (ENDING, GONE),
+    RUNNING: (SETTLED, ENDING),
+    SETTLED: (ENDING, GONE),
     ENDING: (WAITING, GONE),
     GONE: (),
 }
@@ -5328,7 +5328,7 @@ class Task:
 
     def lives(self) -> bool:
         """Return whether a process of the command may run."""
-        return self.state in (RUNNING, READY, ENDING)
+        return self.state in (RUNNING, SETTLED, ENDING)
 
     def keep_time(self, now: float) -> None:
         """Call the actions that are due."""
@@ -5418,12 +5418,11 @@ class Task:
     def probed(self) -> None:
         """Report that the unit has completed, if its probe has succeeded."""
         if self.prober and self.prober.ready() and self.waits_for_probe():
-            self.close_prober(ended=False)
             self.complete()
 
     def waits_for_probe(self) -> bool:
         """Return whether the unit is to complete when its probe succeeds."""
-        return self.state == RUNNING and self.limits.ready != "" and not self.reported
+        return self.state == RUNNING and self.limits.ready != ""
 
     def close_prober(self, ended: bool = True) -> None:
         """Stop probing; a notify socket is read until the command has `ended`."""
@@ -5468,9 +5467,9 @@ class Task:
         elif self.state == RUNNING:
             self.complete()
             self.due.pop(self.time_is_up, None)
-        if self.state == READY and not self.own_session and not self.limits.ready:
+        if self.state == SETTLED and not self.own_session and not self.limits.ready:
             self.due[self.gone] = 0.0  # `run` without a probe does not wait for what its command has left
-        elif self.state == READY:
+        elif self.state == SETTLED:
             self.due[self.check_left] = 0.0 if self.runs_on else time.monotonic() + CHECK_EVERY
 
     def end(self, why: str, by: float = NEVER) -> None:
@@ -5586,11 +5585,11 @@ class Task:
             self.why = ""
             self.gone()
         elif self.state == RUNNING:
-            end_by = self.due.get(self.time_is_up, NEVER)
-            if outcome == COMPLETED:
-                self.enter(READY, {self.time_is_up: end_by})
-            else:
-                self.due[self.time_is_up] = min(time.monotonic() + self.grace, end_by)
+            end_by = self.due[self.time_is_up]
+            if outcome == FAILED:
+                end_by = min(end_by, time.monotonic() + self.grace)
+            self.enter(SETTLED, {self.time_is_up: end_by})
+            self.close_prober(ended=False)
 
     def report(self, method: str, **params: Any) -> None:
         """Send a report to the agent."""
@@ -5994,17 +5993,16 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
             guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
             hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
-    for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
-        hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
-        if hint:
-            warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
-        if unit in by_name and edge.dependency in by_name:
-            wants = by_name[unit].want
-            if all(other.dependency != edge.dependency for other in wants):  # else the script has its own requirement
-                wants.append(edge)
+        missing = next((name for name in (unit, edge.dependency) if name not in by_name), "")
+        if missing:
+            hint = meant(resembling(missing, list(by_name)))
+            if hint:
+                warn(f'{edge.place}: no file provides "{missing}"{hint}')
+        elif edge.dependency not in [own.dependency for own in by_name[unit].want]:
+            by_name[unit].want.append(edge)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
         mistakes.append(f"{' '.join(paths)}: no executable files")
@@ -6323,7 +6321,7 @@ class Job(Task):
         self.stream = Stream(script.unit, boot.loop, boot.out)
         self.command_text = "/".join(script.path.split("/")[-2:])
         self.log = os.fsencode(self.stream.log_path).decode(errors="replace")
-        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
+        self.outcome, self.reason = "", ""  # of the unit
         self.died = False  # the command has failed after the unit had completed
 
     def running(self) -> bool:
@@ -6656,7 +6654,7 @@ class Boot:
         living = [unit for unit, job in self.active.items() if early and job.lives()]
         wanted = reached((name for unit in living for name in self.wants[unit]), self.wants.get)
         for job in self.active.values():
-            if job.state in (RUNNING, READY) and job.unit not in wanted:
+            if job.state in (RUNNING, SETTLED) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
 
     # -- reports ------------------------------------------------------------------------------------------
