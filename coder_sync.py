@@ -1,7 +1,7 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;SELF=open(sys.argv[1],"rb",0);exec(SELF.read(9999).split(b"#:\n")[1]);launch()' \
+    'import sys;sys.tracebacklimit=0;SELF=open(sys.argv[1],"rb",0);exec(SELF.read(9999).split(b"#:\n")[-2]);launch()' \
     "$0" "$@"
 """
 # /// script
@@ -62,20 +62,22 @@ The file is also a module: `from coder_sync import Client`. Its sections, top to
     Install         a copy with its bytecode
     Command line    all other command lines, and the other commands
 
-The first lines make the file an executable that starts the interpreter isolated and without site, on any system with
-a `sh`. The file is cut above Client: want, start, complete and fail need only what is above the cut, so `launch`
-compiles no more for them, and `install` writes a copy that is not compiled at all. A call is mostly the start of the
-interpreter, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`,
-`threading` and `typing` each cost more than everything that it does.
+The first lines make the file an executable, on any system with a `sh`: they start the interpreter isolated and without
+site, and call `launch`. The file is cut above Client. What stands above the cut is all that want, start, complete and
+fail need: `launch` compiles the rest only for other commands, and a copy by `install` has both parts as bytecode. Most
+of the time of a call goes into the start of the interpreter, so nothing is imported above the cut that such a call does
+not need: `os`, `socket`, `json`, `argparse`, `threading` and `typing` each cost more than all the rest of it.
 """
 
 #:
-# The first lines run the code from here to the next such line on its own; so does `python3 COPY`. Python 2 can read it.
+# The first lines run only the code from here to the next `#:`, and so does `python3 COPY`. Python 2 can read it.
 import errno
 import gc
 import posix  # what os is made of
 import sys
 import time
+
+FUTURE = b"from __future__ import annotations"
 
 
 def source_in(data):  # type: (bytes) -> bytes
@@ -84,45 +86,44 @@ def source_in(data):  # type: (bytes) -> bytes
 
 
 def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
-    """Return the source above the cut and below it, with its line numbers. Raises ValueError if some is missing."""
+    """Return the source above the cut and below it, each to be compiled alone. Raises ValueError if it is damaged."""
     above, cut, below = source.partition(b"\n# Client. ")
     if not below.endswith(b"main()\n"):
         raise ValueError
-    return above, b"\n" * above.count(b"\n") + cut + below
+    return above, FUTURE + b"\n" * above.count(b"\n") + cut + below  # with the line numbers of the file
 
 
-def half_of(file, below):  # type: (Any, bool) -> list[Any]
+def code_in(file, below):  # type: (Any, bool) -> list[Any]
     """Return the code above the cut, or below it, of this file or of an installed copy.
 
-    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled, one section
-    after the other, which takes less memory than all at once, and so less time.
+    A copy has bytecode, which is used if it is for this Python and undamaged. Source is compiled section by section,
+    which takes less memory than the whole at once, and so less time.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
     from marshal import loads
 
-    mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
+    mark = MAGIC_NUMBER + b"\1\0\0\0"  # begins a .pyc that is not compared with its source (PEP 552)
     file.seek(0)
     data = file.read(-1 if below else 1 << 18)
-    start = data.find(mark) + 16
-    if below:
-        start = data.find(mark, start) + 16
-    code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
-    if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
+    at = data.find(mark, data.find(mark) + 1 if below else 0)
+    size = int.from_bytes(data[at + 8 : at + 12], "little")
+    code = memoryview(data)[at + 16 : at + 16 + size]
+    if at >= 0 and source_hash(0, code)[:4] == data[at + 12 : at + 16]:
         return [loads(code)]
     try:
-        parts, line, future = [], 0, b"from __future__ import annotations"
-        for part in halves(source_in(data + file.read()))[below].split(b"\n\n\n# --"):
-            text = future + b"\n" * line + b"#" + part if line or below else part
-            parts.append(compile(text, sys.argv[0], "exec"))
-            line += part.count(b"\n") + 3
+        parts, start, lines = [], b"", 0
+        for section in halves(source_in(data + file.read()))[below].split(b"\n\n\n# --"):
+            parts.append(compile(start + section, sys.argv[0], "exec"))
+            lines += section.count(b"\n") + 3
+            start = FUTURE + b"\n" * lines + b"#"
         return parts
     except (SyntaxError, ValueError):
         sys.exit("error: " + sys.argv[0] + " is damaged: copy or install it again")
 
 
 def exit_on_signals():  # type: () -> None
-    """Have signals end process 1, which the system spares their usual effect. In a container any call may be it."""
+    """Have signals end this process, which is process 1: the system ignores them there unless they have a handler."""
     import _signal as signal  # type: ignore[import-not-found]
 
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -131,23 +132,23 @@ def exit_on_signals():  # type: () -> None
 
 
 def launch():  # type: () -> None
-    """Run the code above the cut; at the cut it goes on by itself."""
+    """Run the code above the cut, whose last lines go on with what is below it."""
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
     if posix.getpid() == 1:
         exit_on_signals()
-    gc.disable()  # all that comes now stays
+    gc.disable()  # until all is loaded, since that stays
     del sys.argv[: sys.argv[0] == "-c"]
-    globals().update(__name__="coder_sync", __file__=sys.argv[0])
+    globals()["__file__"] = sys.argv[0]
     try:
-        for part in half_of(SELF, False):  # which the first lines have opened
-            exec(part, globals())
+        for code in code_in(SELF, False):  # the file that the first lines have opened
+            exec(code, globals())
     except KeyboardInterrupt:
         posix._exit(130)
 
 
 #:
-(NEEDED := "Python 3.8 or later")  # SyntaxError on an older one shows this text
+(NEEDED := "Python 3.8 or later")  # an older one shows this line as a SyntaxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-SELF: Any = globals().get("SELF")  # our file, open while only what is above the cut has run
+SELF: Any = globals().get("SELF")  # this file, open while `launch` has loaded only what is above the cut
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -658,23 +659,23 @@ def user_name(uid: int) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Connection. What asks an agent. Every call has a connection of its own, so a Client may be used from several threads;
-# `unit` keeps one open while its block runs. Nothing is polled: the agent answers when a unit may start or the time is
-# up, and one that is silent for too long is taken for gone. Times are in seconds.
+# Connection. The client's side of a connection to the agent. Every call has its own connection, so a Client may be used
+# from several threads; `unit` keeps one open while its block runs. Nothing is polled: the agent answers when a unit may
+# start, or when the time is up. An agent that is silent for too long is taken for gone. Times are in seconds.
 # ----------------------------------------------------------------------------------------------------------
 
-LATE = 1.0  # seconds after a time-out within which the agent has to say so
+LATE = 1.0  # seconds after a time-out for which a client still waits for the agent's answer
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # what a starting agent may answer
-UNSHARED = 0.2  # seconds that a starting agent takes at most from making its socket to sharing it
+RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # errors while an agent starts
+UNSHARED = 0.2  # seconds, at most, between an agent's making its socket and its sharing it with other users
 NAMED_AFTER = 5.0  # seconds of silence before a warning; after REPLY_TIMEOUT the agent is taken for gone
-COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that is starting
+COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # methods that wait for an agent to start
 
 
 def duration(text: str) -> float:
-    """Return seconds from a duration as Go's time.ParseDuration has it (1h30m, 500ms) or bare seconds.
+    """Return the seconds in a duration, written as for Go's time.ParseDuration (1h30m, 500ms) or as a bare number.
 
-    0 means no limit wherever a timeout is asked for. Raises UsageError.
+    Wherever a timeout is expected, 0 means no limit. Raises UsageError.
     """
     digits, total = "0123456789.", 0.0
     rest = text if text.strip(digits) else text + "s"
@@ -693,7 +694,7 @@ def duration(text: str) -> float:
 
 
 class Started(Record):
-    """What `start` returns: the dependencies of the unit, and how many seconds it waited for them."""
+    """The result of `start`: the dependencies of the unit, and how many seconds it waited for them."""
 
     unit: str
     dependencies: list[str]
@@ -701,27 +702,27 @@ class Started(Record):
 
 
 class Channel:
-    """One connection to an agent: requests out, messages in."""
+    """A connection to an agent: sends requests, receives messages."""
 
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying for `connect_timeout` seconds, unless `sock` is connected already. Raises Unreachable."""
         self.path = path
-        self._next = 0
-        self._buffer = bytearray()
-        self._lines: list[bytearray] = []  # that nobody has received
+        self._last_id = 0
+        self._buffer = bytearray()  # the beginning of a line
+        self._lines: list[bytearray] = []  # complete lines, not yet returned by `receive`
         self.sock: Any = sock or connected(path, connect_timeout)
         self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
-        self._withheld = False  # whether it was said that variables were not taken
-        if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # anybody may have been there first
+        self._warned = False  # that variables are not taken
+        if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
             self.close()
             who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
             raise Foreign(f"{who}; choose another --socket-path")
 
     def request(self, method: str, **params: Any) -> int:
         """Send a request and return its id."""
-        self._next += 1
-        data = encode({"id": self._next, "method": method, "params": params})
+        self._last_id += 1
+        data = encode({"id": self._last_id, "method": method, "params": params})
         if len(data) > MAX_LINE:
             raise Refused(f"{method}: too much for one request ({len(data)} bytes of {MAX_LINE}); use several calls")
         deadline = time.monotonic() + REPLY_TIMEOUT
@@ -729,19 +730,20 @@ class Channel:
             try:
                 self.sock.settimeout(0)
                 data = data[self.sock.send(data) :]
-            except BlockingIOError:  # it may be busy answering: take what it says, so that both can go on
+            except BlockingIOError:  # if the agent is blocked too, while it sends, it can go on when we read
                 if time.monotonic() > deadline:
-                    raise Unreachable(self._silence(REPLY_TIMEOUT)) from None
+                    raise Unreachable(self.silence(REPLY_TIMEOUT)) from None
                 self._read(0.01)
-            except OSError:  # the next read says so, but it may have said why before it hung up
+            except OSError:  # the next `receive` raises Unreachable, after what the agent sent before it closed
                 break
-        return self._next
+        return self._last_id
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
         while not self._lines:
-            if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
+            self._read(deadline - time.monotonic())
+            if not self._lines and time.monotonic() >= deadline:
                 return None
         line = bytes(self._lines.pop(0))
         try:
@@ -752,33 +754,30 @@ class Channel:
             raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
-    def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
-        """Return the next message, or None if the time `end` comes first.
+    def expect(self, quiet: float = 0.0, deadline: float = NEVER) -> dict[str, Any] | None:
+        """Return the next message, or None at the time `deadline`.
 
-        The agent may be silent for `quiet` seconds. NAMED_AFTER later it is named in a warning, and REPLY_TIMEOUT later
-        it is taken for gone: raises Unreachable.
+        The agent may be silent for `quiet` seconds. It is named in a warning NAMED_AFTER seconds later, and taken for
+        gone REPLY_TIMEOUT seconds later: raises Unreachable.
         """
-        since = time.monotonic() + quiet
-        for silent in (NAMED_AFTER, REPLY_TIMEOUT):
-            message = self.receive(min(end, since + silent) - time.monotonic())
-            if message or time.monotonic() >= end:
+        due = time.monotonic() + quiet
+        for late in (NAMED_AFTER, REPLY_TIMEOUT):
+            message = self.receive(min(deadline, due + late) - time.monotonic())
+            if message or time.monotonic() >= deadline:
                 return message
-            if silent == NAMED_AFTER:
-                say(f"warning: {self._silence(silent)}", 2)
-        raise Unreachable(self._silence(REPLY_TIMEOUT))
+            if late == NAMED_AFTER:
+                say(f"warning: {self.silence(late)}", 2)
+        raise Unreachable(self.silence(REPLY_TIMEOUT))
 
-    def _read(self, timeout: float) -> bool:
-        """Read what has come; return False if nothing comes within `timeout` seconds. Raises Unreachable."""
-        from _socket import timeout as socket_timeout
-
+    def _read(self, timeout: float) -> None:
+        """Read what the agent has sent; wait for it `timeout` seconds at most. Raises Unreachable."""
         longest = 1.0 if posix.getpid() == 1 else LONGEST_POLL  # process 1 handles its signals between two waits
-        timeout = min(max(timeout, 0.0), longest)
-        self.sock.settimeout(timeout)
+        self.sock.settimeout(min(max(timeout, 0.0), longest))
         try:
             chunk = self.sock.recv(65536)
-        except (BlockingIOError, socket_timeout):
-            return False
-        except OSError:
+        except OSError as error:
+            if error.errno in (None, errno.EAGAIN):  # None: after a wait
+                return
             chunk = b""
         if not chunk:
             raise Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
@@ -788,42 +787,41 @@ class Channel:
             self._lines += lines
         elif len(self._buffer) > MAX_REPLY:
             raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
-        return True
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
-        """Return the result of a request. Raises what the agent answered.
+        """Return the result of a request, or raise the error in its answer.
 
-        Raises Unreachable if there is none `timeout` seconds after the `quiet` seconds that the agent may take.
+        Raises Unreachable if there is no answer within `quiet` + `timeout` seconds.
         """
-        end = time.monotonic() + quiet + timeout
-        while message := self.hear(quiet, end):
+        deadline = time.monotonic() + quiet + timeout
+        while message := self.expect(quiet, deadline):
             if is_answer(message, request):
                 return unwrap(message)
-        raise Unreachable(self._silence(timeout))
+        raise Unreachable(self.silence(timeout))
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
         return self.answer(self.request(method, **params))
 
-    def news(self, data: Any) -> Answer:
-        """Return what the agent says of a unit. Raises Unreachable.
+    def as_answer(self, data: Any) -> Answer:
+        """Return what the agent sent about a unit as a record. Raises Unreachable.
 
-        Environment variables are code, so root takes none from an agent of another user, and says so once.
+        Environment variables are code: root takes none from the agent of another user, and prints one warning.
         """
         answer = record(Answer, data)
         if answer.env and self._foreign and posix.geteuid() == 0:
-            if not self._withheld:
+            if not self._warned:
                 whose = f"the agent at {self.path}, which belongs to {user_name(self.uid)}"
                 say(f"warning: root takes no environment variables from {whose}", 2)
-            self._withheld, answer.env = True, {}
+            self._warned, answer.env = True, {}
         return answer
 
     def fileno(self) -> int:
-        """Return the descriptor to poll."""
+        """Return the file descriptor, to poll it."""
         return int(self.sock.fileno())
 
     def close(self) -> None:
-        """Hang up, which ends the claims of the connection."""
+        """Close the connection, which ends its claims on units."""
         self.sock.close()
 
     def __enter__(self) -> Channel:
@@ -834,15 +832,16 @@ class Channel:
 
     @property
     def agent(self) -> str:
-        """The agent, for a message."""
+        """The agent, as messages name it."""
         return f"the agent at {self.path}" + (f" (pid {self.pid})" if self.pid else "")
 
-    def _silence(self, seconds: float) -> str:
+    def silence(self, seconds: float) -> str:
+        """Return the message about an agent that has been silent for so many seconds."""
         return f"{self.agent} has not answered for {seconds:.0f} s; is it stopped?"
 
 
 def connected(path: str, connect_timeout: float) -> Any:
-    """Return a socket connected to the agent at a path; try for `connect_timeout` seconds. Raises Unreachable."""
+    """Return a socket connected to the agent at `path`; try for `connect_timeout` seconds. Raises Unreachable."""
     from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
 
     began, pause = time.monotonic(), 0.005
@@ -854,17 +853,17 @@ def connected(path: str, connect_timeout: float) -> Any:
             return sock
         except OSError as error:
             sock.close()
-            patience = min(connect_timeout, UNSHARED) if error.errno == errno.EACCES else connect_timeout
-            if error.errno not in RETRIED or not time.monotonic() < began + patience:
+            limit = min(connect_timeout, UNSHARED) if error.errno == errno.EACCES else connect_timeout
+            if error.errno not in RETRIED or time.monotonic() >= began + limit:
                 raise Unreachable(explain(path, error)) from None
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
 
 
 def who_is_at(sock: Any) -> tuple[int, int]:
-    """Return the pid and the uid at the other end of a connection, or 0 and -1 if the system does not tell.
+    """Return pid and uid of the process at the other end of a connection, or 0 and -1 if the system does not tell.
 
-    For a client these are the process and user that called listen(2).
+    At the client's end these are of the process that called listen(2).
     """
     import _socket
 
@@ -879,7 +878,7 @@ def who_is_at(sock: Any) -> tuple[int, int]:
 
 
 def our_caller() -> dict[str, int]:
-    """Return the parameter that names our parent process, where the agent has no /proc to find it in."""
+    """Return the parameter for the pid of our parent, which an agent needs where there is no /proc."""
     return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
 
@@ -908,12 +907,12 @@ def records(kind: type[R], rows: Any) -> list[R]:
 
 
 def agent_path(given: str) -> str:
-    """Return where the agent listens: as given, else as the environment says, else the default path."""
+    """Return the path of the agent's socket: `given`, else the one in the environment, else the default."""
     return given or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
 
 
 def explain(path: str, error: OSError) -> str:
-    """Return why an agent could not be reached, and what to do, in one line."""
+    """Return a line that says why an agent cannot be reached, and what to do."""
     import stat
 
     start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
@@ -939,19 +938,19 @@ def explain(path: str, error: OSError) -> str:
 
 
 def name_list(names: Iterable[str]) -> list[str]:
-    """Return names as a list. Raises TypeError for a str, which would be taken for a list of letters."""
+    """Return names as a list. Raises TypeError for a str, whose letters would be taken for names."""
     if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
     return list(names)
 
 
-class Caller:
-    """The part of Client that scripts call most."""
+class BaseClient:
+    """The part of Client above the cut: the calls that scripts make most."""
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Each call connects, trying for `connect_timeout` seconds if an agent may still be starting. The default is
+        Each call opens a connection, and tries to for `connect_timeout` seconds. The default is
         $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for calls that coordinate, and one try for questions.
         """
         self.socket_path = agent_path(socket_path)
@@ -962,21 +961,20 @@ class Caller:
             raise UsageError(f"CODER_SYNC_CONNECT_TIMEOUT: {error}") from None
 
     def _channel(self, method: str) -> Channel:
-        patience = CONNECT_TIMEOUT if method in COORDINATING else 0.0
-        return Channel(self.socket_path, patience if self.connect_timeout is None else self.connect_timeout)
+        default = CONNECT_TIMEOUT if method in COORDINATING else 0.0
+        return Channel(self.socket_path, default if self.connect_timeout is None else self.connect_timeout)
 
     def _call(self, method: str, **params: Any) -> Any:
         with self._channel(method) as channel:
             return channel.call(method, **params)
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
-        """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
+        """Make `unit` depend on `dependencies`, all or none; return all its dependencies. Raises CycleError."""
         return list(self.declare(unit, *dependencies, requires=requires)["dependencies"])
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
-        """As `want`, but return the `dependencies` and the `status` of the unit."""
-        answer = record(Answer, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires))
-        return {"unit": answer.unit, "dependencies": answer.dependencies, "status": answer.status}
+        """Do the same as `want`, but return `dependencies` and `status` of the unit."""
+        return vars(record(Answer, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires)))
 
     def start(
         self,
@@ -990,15 +988,13 @@ class Caller:
     ) -> Started:
         """Wait until `unit` may run, and mark it started, in one step. `timeout` is in seconds; 0 is no limit.
 
-        `want` adds dependencies first. If the process `pid` ends before the unit has, the unit fails. Only one of the
-        units with the same lock is started at a time. `on_wait` is called with what is missing and the seconds
+        `want` adds dependencies first. If the process `pid` ends before the unit does, the unit fails. Only one of the
+        units with the same lock is started at a time. `on_wait` is called with the missing dependencies and the seconds
         waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError, DependencyFailed,
         TimedOut.
         """
         params: dict[str, Any] = {"dependencies": want, "requires": requires, "locks": locks, "pid": pid}
-        with Start(self, unit, timeout, on_wait, **params) as start:
-            start.confirm()
-        return start.result
+        return Start(self, unit, timeout, on_wait, **params).confirm()
 
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
@@ -1013,54 +1009,48 @@ class Caller:
 
 
 class Start:
-    """A start and its connection, which holds the unit if `hold`."""
+    """A unit that has been started over a connection. With `hold` it fails if the connection closes before it ends."""
 
     def __init__(
-        self, client: Caller, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
+        self, client: BaseClient, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
-        """`params` are further parameters of the agent's method `start`."""
+        """Wait until the agent has started the unit. `params` are further parameters of its method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
-        self.client, self.unit, self.timeout, self.on_wait = client, check_name(unit), timeout, on_wait
-        self.params = {**params, **our_caller(), "unit": unit, "hold": hold, "confirm": not hold}
-        self.result = Started(unit, [], 0.0)
-        self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
-
-    def __enter__(self) -> Start:
+        params.update(unit=check_name(unit), hold=hold, confirm=not hold, **our_caller())
         began = time.monotonic()
-        self.channel = self.client._channel("start")
+        self.channel = client._channel("start")
         try:
-            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
-            answer = self.channel.news(result)
-            self.environment = answer.env
+            result = wait_for(self.channel, f"dependencies of unit {unit}", timeout, on_wait, "start", **params)
+            answer = self.channel.as_answer(result)
         except BaseException:
             self.channel.close()
             raise
-        self.result = Started(self.unit, answer.dependencies, time.monotonic() - began)
-        return self
+        self.result = Started(unit, answer.dependencies, time.monotonic() - began)
+        self.environment = answer.env  # the variables that the unit's dependencies have left for it
 
-    def confirm(self) -> None:
-        """Tell the agent that its answer has arrived; else it gives the unit to the next in line."""
-        self.channel.request("confirm", id=1)
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self.channel.close()
+    def confirm(self) -> Started:
+        """Tell the agent that its answer has arrived: otherwise the next claim on the unit is granted."""
+        with self.channel:
+            self.channel.request("confirm", id=1)
+        return self.result
 
 
 def wait_for(
     channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
-    """Send a request that may wait, and return its result; call `on_wait` with what is missing now and then.
+    """Send a request whose answer may take `timeout` seconds, or any time if that is 0; return the result.
 
-    The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own limit
-    is only for an agent that does not answer. Raises TimedOut, ValueError, and what the agent answers.
+    `on_wait` is called with the missing dependencies whenever the agent sends them. The agent answers when the time is
+    up; our own deadline, a little later, is for an agent that does not. Raises TimedOut, ValueError, and the error in
+    the answer.
     """
     if not 0 <= timeout < 1e9:
         raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
-    end = time.monotonic() + timeout + LATE if timeout else NEVER
+    deadline = time.monotonic() + timeout + LATE if timeout else NEVER
     request = channel.request(method, timeout=timeout, progress=True, **params)
     missing: list[Dependency] = []
-    quiet = 0.0  # that the wait has begun is said at once
-    while message := channel.hear(quiet, end):
+    quiet = 0.0  # before the first notification `waiting`
+    while message := channel.expect(quiet, deadline):
         if is_answer(message, request):
             return unwrap(message)
         if message.get("method") == "waiting":
@@ -1068,8 +1058,7 @@ def wait_for(
             missing, quiet = waiting.missing, REPORT_EVERY
             if on_wait:
                 on_wait(missing, waiting.waited)
-    on = "dependencies of " if method == "start" else ""
-    raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
+    raise TimedOut(f"timeout waiting for {what}; the agent does not answer", missing)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1102,9 +1091,9 @@ class Args:
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-def make_caller(args: Args) -> Caller:
-    """Return the client that the common options describe, as far as it is above the cut."""
-    return Caller(args.socket_path, args.connect_timeout)
+def base_client(args: Args) -> BaseClient:
+    """Return a client for the common options, with the calls above the cut."""
+    return BaseClient(args.socket_path, args.connect_timeout)
 
 
 def number(text: str) -> int:
@@ -1237,12 +1226,12 @@ class Reporter:
         return f"started; satisfied already: {some_names(started.dependencies)}"
 
 
-def make_start(args: Args, report: Reporter, **more: Any) -> Start:
-    """Return the start that the options of `start` and `run` describe. Raises UsageError."""
+def start_unit(args: Args, report: Reporter, **more: Any) -> Start:
+    """Start a unit, for the options that `start` and `run` have in common. Raises UsageError."""
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
     params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
-    return Start(make_caller(args), args.unit, args.timeout, report, **params)
+    return Start(base_client(args), args.unit, args.timeout, report, **params)
 
 
 @Command(
@@ -1254,7 +1243,7 @@ def make_start(args: Args, report: Reporter, **more: Any) -> Start:
 )
 def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
-    status = make_caller(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
+    status = base_client(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {STARTED} already, so this counts the next time it starts" if status == STARTED else ""
     say(f"{args.unit}: depends on {some_names(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
 
@@ -1268,9 +1257,9 @@ def cmd_want(args: Args) -> None:
 def cmd_start(args: Args) -> None:
     """Wait until UNIT may run, and mark it started."""
     report = Reporter(args, f"{args.unit}: ")
-    with make_start(args, report, pid=args.pid) as start:
-        say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
-        start.confirm()  # the last step: if we are killed before, the next in line has the unit
+    start = start_unit(args, report, pid=args.pid)
+    say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
+    start.confirm()  # last: if this process is killed before, the next claim on the unit is granted
 
 
 @Command(
@@ -1281,7 +1270,7 @@ def cmd_start(args: Args) -> None:
 )
 def cmd_complete(args: Args) -> None:
     """End UNIT, so that others may go on."""
-    make_caller(args).complete(args.unit, args.exit_code)
+    base_client(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
 
 
@@ -1293,7 +1282,7 @@ def cmd_complete(args: Args) -> None:
 )
 def cmd_fail(args: Args) -> None:
     """End UNIT without success, so that what requires it is skipped."""
-    make_caller(args).fail(args.unit, args.reason)
+    base_client(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
 
 
@@ -1390,14 +1379,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if SELF:  # launched
-    if not quick(sys.argv[1:]):
-        for part in half_of(SELF, True):
-            exec(part, globals())
-        gc.freeze()  # what is loaded stays, and need not be looked through
-        gc.enable()
-    SELF = None  # which closes it
+if __name__ == "__main__" and quick(sys.argv[1:]):
     main()
+if SELF:  # by `launch`
+    rest, SELF = code_in(SELF, True), None
+    for code in rest:
+        exec(code, globals())
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
 
@@ -1472,7 +1459,7 @@ class Graph(Record):
     nodes: list[UnitStatus]
 
 
-class Client(Caller):
+class Client(BaseClient):
     """Talk to an agent. All times in seconds.
 
     Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
@@ -1511,7 +1498,7 @@ class Client(Caller):
         Raises NotRegistered.
         """
         with self._channel("env") as channel:
-            return channel.news(channel.call("env", unit=unit)).env
+            return channel.as_answer(channel.call("env", unit=unit)).env
 
     def stop(self, *units: str, grace: float = GRACE) -> list[str]:
         """End the commands of units and of what depends on them, dependents first; of all units if none is named.
@@ -1572,7 +1559,7 @@ class Client(Caller):
                 message = channel.receive(REPORT_EVERY)
                 if message is None:  # is the agent still there?
                     channel.request("ping")
-                    message = channel.hear() or {}
+                    message = channel.expect() or {}
                 if message.get("method") == "event":
                     yield record(Event, message.get("params"))
 
@@ -1592,24 +1579,29 @@ class Client(Caller):
         return Block(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
 
-class Block(Start):
-    """The start of `with client.unit(...)`."""
+class Block:
+    """The context manager of `Client.unit`."""
+
+    def __init__(self, *args: Any, **params: Any) -> None:
+        """Take the arguments of Start."""
+        self.args, self.params = args, params
+
+    def __enter__(self) -> Start:
+        self.start = Start(*self.args, **self.params)
+        return self.start
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         code: Any = error.code if isinstance(error, SystemExit) else error
-        try:
-            if code in (None, 0):
-                self.channel.call("complete", unit=self.unit)
-            elif isinstance(code, int):
-                self.channel.call("fail", unit=self.unit, exit_code=int(code))
-            else:
-                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
-                self.channel.call("fail", unit=self.unit, reason=reason)
-        except SyncError:
-            if error is None:  # else the block's own exception matters more
-                raise
-        finally:
-            self.channel.close()
+        outcome: dict[str, Any] = {}
+        if code not in (None, 0):
+            text = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+            outcome = {"exit_code": int(code)} if isinstance(code, int) else {"reason": text}
+        with self.start.channel as channel:
+            try:
+                channel.call("fail" if outcome else "complete", unit=self.start.result.unit, **outcome)
+            except SyncError:
+                if error is None:  # else the block's own exception matters more
+                    raise
 
 
 def let_go(unit: str, owner: Owner | None) -> str:
@@ -5197,7 +5189,7 @@ class Link:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._since = time.monotonic()
                 if "method" in message:
-                    self._notified(str(message["method"]), self._channel.news(message.get("params")))
+                    self._notified(str(message["method"]), self._channel.as_answer(message.get("params")))
                 elif message.get("id") in self.pending:
                     self.pending.pop(message["id"])(message)
         except Unreachable as error:
@@ -5208,7 +5200,7 @@ class Link:
         self.receive()
         if self._channel and now >= self._due():
             if self.pending:
-                self.lost = self.lost or self._channel._silence(self._patience())
+                self.lost = self.lost or self._channel.silence(self._patience())
             else:
                 self.request("ping")
         if self.lost:
@@ -5611,7 +5603,6 @@ class Task:
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
     report = Reporter(args, f"{args.unit}: ", 2)
-    start = make_start(args, report, hold=True, supervisor=True)
     if args.ready is not None:
         Probe(args.ready)
     if args.ready_timeout is not None and args.ready is None:
@@ -5619,7 +5610,7 @@ def cmd_run(args: Args) -> int:
     if args.retry_delay is not None and not args.retry:
         raise UsageError("run: --retry-delay without --retry")
     try:
-        start.__enter__()
+        start = start_unit(args, report, hold=True, supervisor=True)
     except Unreachable as error:
         if not args.optional:
             raise
@@ -6889,7 +6880,7 @@ import sys
 from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-text = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # it costs an import
+text = sys.stdin.buffer.read().replace({FUTURE!r}, b"", 1)  # it costs an import
 code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compiler_flag))
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)
@@ -7627,4 +7618,5 @@ def known_units(words: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    gc.enable()
     main()
