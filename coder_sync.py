@@ -6864,13 +6864,13 @@ def own_channel(host: Host) -> Channel:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
-# bytecode, behind the lines of sh that make it executable. Like these, its __main__ calls `launch`. The bytecode is two
-# .pyc files, of the code above the cut and below it; the first is imported as the module, and loads the second. Where
-# another .pyc has the hash of its source, these have their length and half of their own hash.
+# Install. A copy of this file that is not compiled at each call is a zip application (PEP 441) of the source and its
+# bytecode, behind the lines of sh that make it executable; its __main__ calls `launch`, as these lines do. The bytecode
+# is two .pyc files, of the code above the cut and below it: the first is imported as the module and loads the second.
+# In place of the hash of the source, they have their length and half of their own hash.
 # ----------------------------------------------------------------------------------------------------------
 
-PLACE = 2048  # bytes for each: `python3 PATH` looks for __main__ where it was before the file was replaced
+PLACE = 2048  # bytes for the lines of sh, and for __main__: where a running `python3 PATH` looks for it, in any version
 COMPILE = f"""\
 import __future__
 import sys
@@ -6887,7 +6887,7 @@ COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)
 
 
 def slowness() -> str:
-    """Return what `serve` says in its log if each call compiles the source: a plain file, or another Python's copy."""
+    """Return advice for the log of `serve` if each call compiles the source: a plain file, or another Python's copy."""
     if slowness.__code__.co_filename == INSTALLED:
         return ""
     python = ".".join(map(str, sys.version_info[:2]))
@@ -6895,7 +6895,7 @@ def slowness() -> str:
 
 
 def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
-    """Return what an interpreter prints, in the same environment each time. Raises Refused if it fails."""
+    """Return the output of an interpreter, run without the user's settings for Python. Raises Refused if it fails."""
     import subprocess
 
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -6911,7 +6911,7 @@ def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
 
 
 def application(python: str) -> bytes:
-    """Return the copy to install, with the bytecode of an interpreter. Raises Refused, OSError."""
+    """Return the bytes of a copy with the bytecode of an interpreter. Raises Refused, OSError."""
     import shlex
     import zipfile
 
@@ -6939,13 +6939,13 @@ def application(python: str) -> bytes:
 
 
 def is_ours(data: bytes) -> bool:
-    """Return whether a file is a version of this program, plain or installed, undamaged or not."""
-    plain, copy = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS '), data.startswith(b"#!/bin/sh\n# coder_sync ")
-    return (plain and b"coder_sync.py serve" in data) or (copy and b", installed: a zip archive" in data[:100])
+    """Return whether a file is a version of this program, plain or installed, even if it is damaged."""
+    is_plain = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS ') and b"coder_sync.py serve" in data
+    return is_plain or (data.startswith(b"#!/bin/sh\n# coder_sync ") and b", installed: a zip archive" in data[:100])
 
 
 def install(path: str, python: str) -> str:
-    """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
+    """Write a copy to a temporary file, run it, and rename it to `path`; return the real path. Raises Refused."""
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
@@ -6977,27 +6977,27 @@ def install(path: str, python: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. What `quick` does not read is parsed by argparse here; then the other commands.
+# Command line. argparse reads all command lines that `quick` does not; then the other commands.
 # ----------------------------------------------------------------------------------------------------------
 
 
 def usage_of(command: Command) -> str:
     """Return the usage line of a command."""
     forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    names = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
+    names = [forms[a.words.get("nargs")].format(a.words["metavar"]) for a in command.positionals]
     tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[command.tail]
     return " ".join([PROGRAM, command.name, *names, "[OPTION]..."]) + tail
 
 
 def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.ArgumentParser:
-    """Return argparse's parser for arguments of a command. It raises UsageError."""
+    """Return a parser for some arguments of a command, which raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
+    form: Any = argparse.RawDescriptionHelpFormatter  # which does not wrap the example
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
     parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
@@ -7008,7 +7008,7 @@ def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.Argum
 
 
 def command_first(argv: Sequence[str]) -> list[str]:
-    """Return a command line with its command in front of all options. Raises UsageError if there is none."""
+    """Return a command line with the command moved in front of the options. Raises UsageError if there is none."""
     words: list[str] = [*argv]
     options: list[str] = []
     commands = {"-h": "help", "--help": "help", "--version": "version"}
@@ -7028,7 +7028,7 @@ def command_first(argv: Sequence[str]) -> list[str]:
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, Args]:
-    """Parse a command line. Ends the process for --help. Raises UsageError."""
+    """Parse a command line with argparse; print the help page and exit for --help. Raises UsageError."""
     name, *words = command_first(argv)
     command, args = command_named(name), Args()
     words, args.command = split_tail(command, words)
@@ -7039,8 +7039,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
         if args.help:
             put(help_page(command))
             raise SystemExit(0)
-        for option in (name.partition("=")[0] for name in names if name[:1] == "-"):
-            raise UsageError(f"no such option: {ascii(option)[:40]}{meant(resembling(option, command.options))}")
+        unknown = next((name.partition("=")[0] for name in names if name[:1] == "-"), "")
+        if unknown:
+            raise UsageError(f"no such option: {ascii(unknown)[:40]}{meant(resembling(unknown, command.options))}")
         command.take(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
@@ -7053,7 +7054,7 @@ Command.parse = parse
 
 
 def help_page(command: Command) -> str:
-    """Return the help on a command."""
+    """Return the help page of a command."""
     return parser_of(command, command.arguments).format_help()
 
 
@@ -7080,7 +7081,7 @@ def group_id(name: str) -> int:
 
     try:
         number = int(name[:20]) if name.isdecimal() else grp.getgrnam(name).gr_gid
-        if number < (1 << 32) - 1:  # the last number stands for none
+        if number < (1 << 32) - 1:  # for chown(2), the last number means no change
             return number
     except KeyError:
         pass
@@ -7088,12 +7089,12 @@ def group_id(name: str) -> int:
 
 
 def output_option(*forms: str) -> Argument:
-    """Return the option that chooses one of several forms, the first by default."""
+    """Return the option --output; the first form is the default."""
     return Argument("-o", "--output", choices=forms, default=forms[0], help="form")
 
 
-def units_or(default: str) -> Argument:
-    """Return the positional for any number of units; `default` says what is meant if none is named."""
+def units_argument(default: str) -> Argument:
+    """Return the positional for any number of units; `default` says which units are meant without it."""
     return Argument("units", nargs="*", metavar="UNIT", help=f"names of units (default: {default})")
 
 
@@ -7101,7 +7102,7 @@ COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, se
 
 
 def timeline_writer(path: str) -> Callable[[Graph], None]:
-    """What writes the timeline to a file, in the form that its ending names. Raises UsageError, at once."""
+    """Return a function that writes the timeline to a file, in the form of its extension. Raises UsageError."""
     form = os.path.splitext(path)[1].lstrip(".")
     if form not in ("svg", "json", "txt"):
         raise UsageError(f"{printable(path)}: the name must end in .svg, .json or .txt")
@@ -7126,7 +7127,7 @@ TIMELINE = Argument("--timeline", type=timeline_writer, default=None, metavar="F
     QUIET,
     flag("-v", "--verbose", help="log every request"),
     flag("-d", "--detach", help="go to the background once connections are accepted"),
-    flag("--replace", help="end the agent that serves there, and take its place"),
+    flag("--replace", help=f"end the agent that serves there (its services have {GRACE:g} s), and take its place"),
     Argument("--log-file", metavar="FILE", help="write the log there (default: to standard error)"),
     Argument("--pid-file", metavar="FILE", help="write the process id there"),
     TIMELINE,
@@ -7138,44 +7139,48 @@ def cmd_serve(args: Args) -> int:
     """Run the agent: until a signal, or for the life of COMMAND on a private socket."""
     enabled = os.environ.get("CODER_AGENT_SOCKET_SERVER_ENABLED", "").lower()
     if enabled in ("false", "0", "no"):
-        put("not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is " + enabled + "\n", 2)
+        put(f"not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled}\n", 2)
         return supervise(Loop(), args.command, environment()) if args.command else 0
     if enabled not in ("", "true", "1", "yes"):
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    is_private = args.command and not args.socket_path  # the command's output is what matters
+    if not args.command:
+        serve(make_host(args, agent_path(args.socket_path)), args.detach)
+        return 0
+    directory = "" if args.socket_path else private_directory()
+    if not (args.socket_path or directory):
+        raise CommandError("cannot make a private socket: no directory is writable; name a --socket-path", 125)
+    try:
+        return serve_command(make_host(args, args.socket_path or directory + "/agent.sock"), args.command)
+    except Refused as error:
+        raise CommandError(str(error), 125) from None
+    finally:
+        remove_directory(directory)
+
+
+def make_host(args: Args, path: str) -> Host:
+    """Return the agent that the options of `serve` describe, which is to listen at a path."""
+    is_private = args.command and not args.socket_path
     level = 2 * args.verbose or int(not args.quiet and not is_private)
     if args.detach and not args.log_file:
         level = -1
-    options: dict[str, Any] = {
-        "mode": args.mode or (0o600 if args.group is None else 0o660),
-        "group": -1 if args.group is None else args.group,
-        "level": level,
-        "log_file": args.log_file and os.path.abspath(args.log_file),
-        "pid_file": args.pid_file and os.path.abspath(args.pid_file),
-        "timeline": args.timeline,
-        "replace": make_room if args.replace else None,
-        "advice": slowness(),
-    }
-    if not args.command:
-        serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
-        return 0
-    from contextlib import ExitStack
-    from tempfile import TemporaryDirectory
-
-    try:
-        with ExitStack() as at_end:
-            path = args.socket_path or at_end.enter_context(TemporaryDirectory(prefix="coder-sync-")) + "/agent.sock"
-            return serve_command(Host(os.path.abspath(path), **options), args.command)
-    except OSError as error:
-        raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
-    except Refused as error:
-        raise CommandError(str(error), 125) from None
+    return Host(
+        os.path.abspath(path),
+        mode=args.mode or (0o600 if args.group is None else 0o660),
+        group=-1 if args.group is None else args.group,
+        level=level,
+        log_file=args.log_file and os.path.abspath(args.log_file),
+        pid_file=args.pid_file and os.path.abspath(args.pid_file),
+        replace=make_room if args.replace else None,
+        timeline=args.timeline,
+        alone=not args.command,
+        advice=slowness(),
+    )
 
 
 def make_room(path: str) -> bool:
-    """Tell the agent at a path to end, if there is one; return False if it does not answer for 3 seconds."""
+    """Tell the agent at a path, if there is one, to end; return False if it has not answered after 3 seconds."""
     answered, began = False, time.monotonic()
     try:
         with Channel(path) as channel:
@@ -7204,7 +7209,7 @@ def cmd_ping(args: Args) -> None:
     flag("--check", help="only check the headers, and show the order"),
     flag("--resume", help="do not run again what the agent has as completed"),
     flag("--fail-fast", help="stop everything at the first failure"),
-    Argument("--grace", type=duration, default="8s", metavar="DURATION", help="time to end when told to"),
+    Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end when told to"),
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
     TIMELINE,
     flag("--always", help="become COMMAND even if a unit failed"),
@@ -7214,12 +7219,12 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
-    path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
+    path = os.path.abspath(agent_path(args.socket_path))  # scripts may change their working directory
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
-        forgotten = not args.command and not all(map(os.path.exists, args.paths[1:]))
-        hint = "\ndid you forget -- before the command?" if forgotten else ""
+        may_be_command = not args.command and not all(map(os.path.exists, args.paths[1:]))
+        hint = "\ndid you forget -- before the command?" if may_be_command else ""
         raise UsageError(f"nothing was run:\n{error}{hint}") from None
     if args.check:
         put(plan_text(scripts))
@@ -7228,17 +7233,17 @@ def cmd_boot(args: Args) -> int:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
     if not scripts:
         become(args.command)
-    given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
-    given["command"] = args.command[0] if args.command else ""
+    values = {**vars(args), "command": [*args.command, ""][0]}
+    options = BootOptions(**{name: values[name] for name in BootOptions._fields})
     loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # until the background process has its own Loop
     directory, child = private_directory(), 0
     try:
         child, link = in_background()
         if child:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             return Front(loop, child, link, directory, args.command, args.grace).run(args.stay)
-        boot = Boot(scripts, BootOptions(**given), link, directory)
+        boot = Boot(scripts, options, link, directory)
         code = boot_at(path, boot)
     finally:
         if not child:
@@ -7258,17 +7263,18 @@ def cmd_install(args: Args) -> None:
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    if python:
+        return
     try:
-        tag = "import sys; print(sys.implementation.cache_tag)"
-        other = not python and ask_python("python3", "-IS", "-c", tag).decode().strip() != sys.implementation.cache_tag
-    except Refused:  # there is none
-        other = True
-    if other:
+        tag = ask_python("python3", "-IS", "-c", "import sys; print(sys.implementation.cache_tag)").decode().strip()
+    except Refused:
+        tag = ""
+    if tag != sys.implementation.cache_tag:
         which = "which is another Python, or not there"
         put(f"warning: calls start `python3`, {which}; if it is to be this one: --python {sys.executable}\n", 2)
 
 
-@Command("reset pip-install", units_or("all"), QUIET)
+@Command("reset pip-install", units_argument("all"), QUIET)
 def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = make_client(args).reset(*args.units)
@@ -7277,7 +7283,7 @@ def cmd_reset(args: Args) -> None:
 
 @Command(
     "stop db --grace 30s",
-    units_or("all"),
+    units_argument("all"),
     Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end before KILL"),
     QUIET,
 )
@@ -7294,7 +7300,7 @@ def cmd_stop(args: Args) -> None:
 
 @Command("shutdown", QUIET)
 def cmd_shutdown(args: Args) -> None:
-    """End the agent, and return when it has ended."""
+    """End the agent, and return when it has ended; services have 8 s to end."""
     client = make_client(args)
     client.shutdown()
     say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
@@ -7302,7 +7308,7 @@ def cmd_shutdown(args: Args) -> None:
 
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
-    """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
+    """Print the variables that the dependencies of UNIT have left for it, for `eval`."""
     lines = []
     for name, value in make_client(args).env(args.unit).items():
         if not is_variable(name):
@@ -7331,7 +7337,7 @@ def cmd_list(args: Args) -> None:
     put(json_text(plain_units(units, LIST_KEYS)) if args.output == "json" else list_text(units, args.column))
 
 
-@Command("why pip-install", units_or("all that is stuck"))
+@Command("why pip-install", units_argument("all that is stuck"))
 def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
@@ -7349,6 +7355,7 @@ def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
     if args.output != "text" and (args.blame or args.compare):
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
+    graph = make_client(args).graph()
     if args.compare:
         try:
             with open(open_file(args.compare), "rb") as f:
@@ -7356,8 +7363,6 @@ def cmd_timeline(args: Args) -> None:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
-    graph = make_client(args).graph()
-    if args.compare:
         put(compare_text(before, Startup(graph)))
     elif args.blame:
         put(blame_text(graph, terminal()[0]))
@@ -7367,7 +7372,7 @@ def cmd_timeline(args: Args) -> None:
         put(timeline_as(args.output, graph))
 
 
-@Command("graph pip-install --output mermaid", units_or("all"), output_option("tree", "dot", "mermaid", "json"))
+@Command("graph pip-install --output mermaid", units_argument("all"), output_option("tree", "dot", "mermaid", "json"))
 def cmd_graph(args: Args) -> None:
     """Show what depends on what, for all units or for some."""
     graph = part_of(make_client(args).graph(), args.units)
@@ -7428,22 +7433,22 @@ def help_exit_codes() -> str:
     return (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n"
 
 
-def help_json() -> str:
-    """Return the help on what is printed as JSON."""
+def key_comments(kind: type[Record]) -> dict[str, str]:
+    """Return the keys of a record in JSON, each with its comment in the source."""
     import re
 
     with open(FILE, "rb") as file:
         source = source_in(file.read()).decode()
+    fields = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
+    comments = re.findall(r"^    (\w+): .*?(?:  # (.*))?$", fields, re.M)
+    return {key: text for key, text in comments if key not in NOT_SENT}
 
-    def keys(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
-        body = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
-        found = dict(re.findall(r"^    (\w+): .*?(?:  # (.*))?$", body, re.M))
-        return {name: text for name, text in found.items() if name not in NOT_SENT}
 
-    rows = [
-        [key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), text]
-        for key, text in keys(UnitStatus).items()
-    ]
+def help_json() -> str:
+    """Return the help on what is printed as JSON."""
+    rows = []
+    for key, comment in key_comments(UnitStatus).items():
+        rows.append([key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), comment])
     text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
@@ -7454,8 +7459,9 @@ Times, as "started", are seconds since the agent began, in a timeline since the 
 not been is null. Newer versions may add keys.
 """
     events = "what `events` prints, one object a line"
-    for what, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
-        text += f"\nKeys of {what}:\n" + "".join(f"  {key.ljust(17)} {about}\n" for key, about in keys(kind).items())
+    for title, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
+        lines = [f"  {key.ljust(17)} {comment}\n" for key, comment in key_comments(kind).items()]
+        text += f"\nKeys of {title}:\n" + "".join(lines)
     return text
 
 
@@ -7552,24 +7558,19 @@ def cmd_completion(args: Args) -> None:
     """Print a script with which a shell completes our command lines."""
     import shlex
 
-    if args.command:
-        line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
-        if args.shell == "bash" and point.isdecimal() and len(point) < 10:
-            typed = os.fsencode(line)[: int(point)].decode(errors="surrogateescape")
-            found = bash_candidates(typed, [*args.command, ""][1])
-        else:
-            found = candidates(args.command)
-        put("".join(word + "\n" for word in found))
+    if not args.command:
+        path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
+        put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
-    put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
+    found = candidates(args.command)
+    if args.shell == "bash":
+        line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
+        found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
+    put("".join(word + "\n" for word in found))
 
 
 def bash_candidates(line: str, word: str) -> list[str]:
-    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`.
-
-    Nothing inside of quotes.
-    """
+    """Return what may replace `word`, the end of `line` behind a `:` or `=`, quoted for bash; nothing inside quotes."""
     import re
     import shlex
 
@@ -7578,35 +7579,32 @@ def bash_candidates(line: str, word: str) -> list[str]:
     except ValueError:  # a quote is open
         return []
     words += [""] if line[-1:].isspace() else []
-    done = len(words[-1]) - len(word.replace("\\", ""))
-    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[done:]) for found in candidates(words[1:])]
+    size = len(words[-1]) - len(word.replace("\\", ""))  # of the part that bash leaves as it is
+    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[size:]) for found in candidates(words[1:])]
 
 
 def candidates(words: Sequence[str]) -> list[str]:
-    """Return what the last word of a command line may become; nothing where it is a file, or not ours to know."""
+    """Return what the last word of a command line may become: options, choices, commands, units."""
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    option, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
-    before += [option] * bool(equals)
-    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": the last word is it
     try:
         command = commands.get(command_first([*before, ""])[0])
     except UsageError:
         return []
     if command is None or "--" in before:
         return []
-    asked = command.positionals
-    if before and before[-1] in command.options and command.options[before[-1]].takes_value:
-        asked = [command.options[before[-1]]]
-    found = [*command.options] if last[:1] == "-" else []
-    found += [choice for argument in asked for choice in argument.words.get("choices", ())]
-    metavars = {argument.words.get("metavar") for argument in asked}
+    option = command.options.get(before[-1]) if before else None
+    arguments = [option] if option and option.takes_value else command.positionals
+    found = [*command.options] if words[-1][:1] == "-" else []
+    found += [choice for argument in arguments for choice in argument.words.get("choices", ())]
+    metavars = {argument.words.get("metavar") for argument in arguments}
     found += [*COMMANDS, *TOPICS] if "TOPIC" in metavars else []
     found += known_units(before) if metavars & {"UNIT", "DEP"} else []
-    return [option + equals + word for word in found if word.startswith(last)]
+    return [word for word in found if word.startswith(words[-1])]
 
 
 def known_units(words: Sequence[str]) -> list[str]:
-    """The names that the agent of a command line knows; none if there is no agent, or it does not answer at once."""
+    """Return the units of the agent that a command line addresses; none if it does not answer within a second."""
     try:
         path = Client(dict(zip(words, words[1:])).get("--socket-path", "")).socket_path
         with Channel(path) as channel:
