@@ -2102,7 +2102,7 @@ def is_variable(name: str) -> bool:
 #     delivered       a plain claim, when the client has the answer; until then the other claims stay in line
 #     end             a held claim, when its unit has ended
 #     end, exit       a supervisor's claim, when its unit and the command have ended; the command of a service runs on
-#     end_claims      any claim, also in line, when its time is up, or its client or its process is gone
+#     end_claims      any claim, also while it waits, when its time is up, or its client or its process is gone
 # Invariants: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
 # of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started, or has
 # failed and its claim lasts; a unit whose command runs on has a holder; a unit in `stopping` has one, a supervisor's.
@@ -2190,7 +2190,7 @@ class Unit:
         return self.holder or next(iter(self.line), None)
 
     def is_taken(self) -> bool:
-        """Return whether a further start is refused. While an answer is being delivered it may stand in line."""
+        """Return whether a further start is refused; it may wait in line while an answer is being delivered."""
         if self.status in ENDED:
             return self.holder is not None
         return self.status == STARTED and (self.holder is None or self.holder.delivered)
@@ -2422,7 +2422,7 @@ class Units:
         unit, status = self._registered(name), outcome.status
         before, reason, stopping = unit.status, unit.facts.reason, unit in self.stopping
         holder = claim if claim and claim.held and claim is unit.holder else None
-        supervisor = None if holder else unit.supervisor()
+        other = None if holder else unit.holder  # the claim of somebody else
         self._check_environment(unit, outcome.env)
         if not holder:
             self._check_report(unit, status, by)
@@ -2431,13 +2431,13 @@ class Units:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            if supervisor and not supervisor.boot:  # a boot is notified of every status
-                self.answer(supervisor, Notice("unit", {"unit": name, "status": status}))
+            if other and other.supervisor and not other.boot:  # a boot is notified of every status
+                self.answer(other, Notice("unit", {"unit": name, "status": status}))
         if holder and not outcome.running:
             self.exit(holder, outcome.reason, outcome.exit_code or int(status == FAILED))
         elif holder and not stopping:
             self.run_on(holder)
-        elif unit.holder and not unit.holder.supervisor:
+        elif other and not other.supervisor:
             self._end_holder(unit)
         self._settle_all()
         if before in ENDED and before == unit.status != status and not (holder and stopping):
@@ -2482,8 +2482,8 @@ class Units:
         self._check_waits(0 if ticket is None else 1)  # without a ticket it is the agent's own, at its end
         named = dict.fromkeys(self._selected(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
-        alone = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
-        cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
+        others = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
+        cannot = [row for unit, row in others.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
         self._join(stop)
@@ -2789,7 +2789,7 @@ class Units:
 
         Raises CycleError or Refused, which is remembered for `why`.
         """
-        known = len(self.units)
+        count = len(self.units)
         try:
             units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
             edges = {unit: self._edges(unit, wants, replace) for unit, (_, wants, _) in zip(units, members)}
@@ -2800,11 +2800,11 @@ class Units:
             suspects = [unit for unit in changed if replace or unit.wanted_by or unit in edges[unit]]
             in_order(suspects, lambda unit: edges.get(unit, unit.wants))
         except SyncError as error:
-            for name in [*self.units][known:]:
-                del self.units[name]
-            about = error.data[0] if isinstance(error, CycleError) else members[0][0]
-            if about:
-                self.refusals[about] = one_line(str(error))
+            for new in [*self.units][count:]:
+                del self.units[new]
+            name = error.data[0] if isinstance(error, CycleError) else members[0][0]
+            if name:
+                self.refusals[name] = one_line(str(error))
                 if len(self.refusals) > 1000:
                     del self.refusals[next(iter(self.refusals))]
             raise
@@ -3934,7 +3934,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
                 pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
-            if holder not in (0, found.st_mtime_ns):  # another agent has taken its place, and has as much time to end
+            if holder not in (0, found.st_mtime_ns):  # another agent holds it now, and has as much time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
                 remove(lock, found)
