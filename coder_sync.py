@@ -2211,8 +2211,8 @@ class Unit:
     def lacks(self) -> Iterator[tuple[Unit, str | Lock]]:
         """Iterate over what keeps the unit from starting, as pairs.
 
-        First a dependency and its requirement that is not met; then the unit itself and START, while the answer to an
-        earlier start is being delivered; then, if no dependency is unmet, a unit and the lock that it has.
+        (dependency, requirement that it does not meet); (the unit itself, START) while the answer to an earlier start
+        is being delivered; (unit that has or gets the lock first, lock) if no dependency is unmet.
         """
         if self.unmet:
             yield from ((d, requirement) for d, requirement in self.wants.items() if d.status not in MEETS[requirement])
@@ -2340,10 +2340,7 @@ class Units:
     # -- what callers may do ------------------------------------------------------------------------------
 
     def want(self, name: str, dependencies: Iterable[str], requires: str = SUCCESS) -> Unit:
-        """Register `name` and make it depend on all of `dependencies`; if one is refused, on none of them.
-
-        Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
-        """
+        """Register `name` and make it depend on all of `dependencies`, or on none and raise CycleError or Refused."""
         (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), ())])
         self._settle_all(unit)
         return unit
@@ -2415,9 +2412,8 @@ class Units:
     def end(self, name: str, outcome: Outcome, by: Owner | None = None, claim: Claim | None = None) -> str:
         """End a unit, with the claim that holds it, unless that is a supervisor's whose command may still run.
 
-        `by` and `claim` are the reporter and its claim on the unit, if it has one. Returns the status of the unit.
-        Raises NotRegistered; Refused if the unit has ended otherwise, is being stopped, leaves too many variables, or
-        if the start of `by` was refused.
+        `by` and `claim` are the reporter and its claim, if any. Returns the status of the unit. Raises NotRegistered;
+        Refused if the unit has another outcome, is being stopped or leaves too much, or if `by` may not report.
         """
         unit, status = self._registered(name), outcome.status
         before, reason, stopping = unit.status, unit.facts.reason, unit in self.stopping
@@ -2440,7 +2436,7 @@ class Units:
         elif other and not other.supervisor:
             self._end_holder(unit)
         self._settle_all()
-        if before in ENDED and before == unit.status != status and not (holder and stopping):
+        if before in ENDED and unit.status == before != status and not (holder and stopping):
             why = f" ({reason})" if reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
@@ -2449,8 +2445,7 @@ class Units:
     def exit(self, claim: Claim, reason: str, code: int, stopped: bool = False) -> None:
         """End the claim of a supervisor, since no process of the command is left.
 
-        If it ran on, its unit fails: with `stopped`, because its supervisor was told to end it, or else, with another
-        `code` than 0, because it died.
+        If it ran on, the unit fails: stopped, if the supervisor was told to end it, or died, if `code` is not 0.
         """
         unit, ran_on = claim.unit, claim.unit.facts.running_on
         stopped = unit in self.stopping or (stopped and ran_on)
@@ -2598,7 +2593,7 @@ class Units:
         return sorted((row for row in self.graph().nodes if row.unit_name in shown), key=lambda row: row.unit_name)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return the variables that the dependencies of a unit leave it; later ones win. Raises NotRegistered."""
+        """Return the variables left by all dependencies of a unit; the last in the graph wins. Raises NotRegistered."""
         unit = self._registered(name)
         merged: dict[str, str] = {}
         for other in in_order(unit.wants, lambda unit: unit.wants) if self.has_environment else ():
@@ -2909,10 +2904,8 @@ class Units:
 
     def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
         """Return in words what a unit lacks, five items at most; `mark` names that are not registered."""
-        from itertools import islice
-
         words = []
-        for other, need in islice(unit.lacks(), 5):
+        for _, (other, need) in zip(range(5), unit.lacks()):
             if isinstance(need, Lock):
                 words.append(f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}")
             else:
@@ -3106,10 +3099,7 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines with a time, written to standard error or a file by a thread, so that no caller waits.
-
-    Lines that cannot be written are counted, and the next line gives their number.
-    """
+    """The agent's log. A thread writes it, so that no caller waits; lost lines are counted in the next one."""
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         """Open the file, if there is one. Raises OSError, or RuntimeError if no thread can be started."""
@@ -3271,10 +3261,7 @@ class Connection:
             self.wake_up.wake()
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
-        """Return the peer, if it is to hold a unit, else the script that called it, or None if that is unknown.
-
-        `parent` is the pid of the script as the peer says, for systems without /proc.
-        """
+        """Return the peer, if it is to hold a unit, else the script that called it; without /proc that is `parent`."""
         pid = who_is_at(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
@@ -3794,10 +3781,7 @@ QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # methods that
 
 
 def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) -> Any:
-    """Return a socketserver on a listening socket, with a thread for each connection, and at most `most` of them.
-
-    The requests of socketserver are Connections here. `look` is called now and then, and after each new connection.
-    """
+    """Return a socketserver whose requests are Connections, at most `most`. It calls `look` every few seconds."""
     import _thread
     import socketserver
 
@@ -3851,8 +3835,8 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
                 trace = error.__traceback__
                 while trace.tb_next:
                     trace = trace.tb_next
-                said = f"internal error at line {trace.tb_lineno}: {one_line(repr(error))}; please report it"
-                agent.log.say(said, 0)
+                where = f"internal error at line {trace.tb_lineno}"
+                agent.log.say(f"{where}: {one_line(repr(error))}; please report it", 0)
 
     server = Server("", Handler, bind_and_activate=False)
     server.socket.close()
@@ -4114,10 +4098,7 @@ def serve(host: Host, background: bool = False) -> None:
 
 
 def serve_command(host: Host, command: list[str]) -> int:
-    """Run an agent and a command, then stop what its units have left running; return the exit status of the command.
-
-    Raises Refused, CommandError.
-    """
+    """Run an agent as long as a command runs; return the command's exit status. Raises Refused, CommandError."""
     with host:
         loop = Loop(PASSED_ON)
         host.accept()
