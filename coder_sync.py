@@ -4800,13 +4800,13 @@ def sentence(unit: UnitStatus, now: float, its_obstacles: Mapping[str, str]) -> 
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Run. A unit's command: is it ready, what does it leave to others, its tries, its limits; then `run` and `wait`.
+# Run. A unit's command: its probe, its variables for other units, its tries and deadlines; then `run` and `wait`.
 # ----------------------------------------------------------------------------------------------------------
 
-# -- is it ready? ---------------------------------------------------------------------------------------------
-TRY_TIMEOUT = 5.0  # seconds for one try over a network; one of a command may take all the time that there is
-CHECK_TIMEOUT = 1.0  # seconds for the try before the command is run
-FIRST_REPORT = 3.0  # seconds after which it is said that a probe has not succeeded yet
+# -- probes -------------------------------------------------------------------------------------------------
+TRY_TIMEOUT = 5.0  # seconds for one try over a network; a command has no limit of its own
+CHECK_TIMEOUT = 1.0  # seconds for the check before the command is run
+FIRST_REPORT = 3.0  # seconds until the first message that a probe has not succeeded yet
 PROBE_FORMS = {  # when each succeeds
     "tcp:[HOST:]PORT": "the port accepts connections",
     "unix:PATH": "the socket accepts connections",
@@ -4819,9 +4819,9 @@ PROBES = ", ".join([*PROBE_FORMS][:4]) + ", or a command for `sh -c`"
 
 
 def address_of(text: str, port: int = 0) -> tuple[str, int]:
-    """Return host, empty for this machine, and port of `[HOST:]PORT`, or with a default port of `HOST[:PORT]`.
+    """Return the host and port of `[HOST:]PORT`, or of `HOST[:PORT]` if `port` is the default. No host: this machine.
 
-    Raises UsageError for what no host and no port can be.
+    Raises UsageError.
     """
     host, _, number = text.rpartition(":")
     if port and (":" not in text or text[-1:] == "]"):
@@ -4836,13 +4836,13 @@ def address_of(text: str, port: int = 0) -> tuple[str, int]:
 
 
 def shown_probe(text: str) -> str:
-    """Return a probe as a message may have it, in short."""
+    """Return a probe for a message: without password, and not too long."""
     text = one_line(without_password(text))
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 class Probe:
-    """What is to be tried, in parts. Raises UsageError for what can be known to be wrong without a try."""
+    """A probe in its parts. Raises UsageError if it is not valid."""
 
     def __init__(self, text: str) -> None:
         kind, colon, rest = text.partition(":")
@@ -4852,33 +4852,33 @@ class Probe:
         if "\0" in text:
             raise UsageError(f"{ascii(self.shown)[:60]} has a NUL character")
         if self.kind == "tcp":
-            self.address = address_of(self.plain(rest.strip("/")))
+            self.address = address_of(self.literal(rest.strip("/")))
         elif self.kind == "http" and rest[:2] == "//" and text.isprintable() and " " not in text:
             authority, _, path = rest[2:].partition("/")
             who, _, host = authority.rpartition("@")
-            self.address, self.path = address_of(self.plain(host), 80), "/" + path.partition("#")[0]
+            self.address, self.path = address_of(self.literal(host), 80), "/" + path.partition("#")[0]
             self.header = f"Host: {host}\r\n"
             if who:
                 from base64 import b64encode
                 from urllib.parse import unquote_to_bytes
 
                 self.header += f"Authorization: Basic {b64encode(unquote_to_bytes(who)).decode()}\r\n"
-        elif not text or (self.kind in ("unix", "file") and not self.plain(rest)):
+        elif not text or (self.kind in ("unix", "file") and not self.literal(rest)):
             raise UsageError(f"{text or 'ready'}: what is to be probed is missing")
         elif self.kind == "http" or (self.kind == "command" and kind.isalnum() and (colon or kind.isdecimal())):
             hint = f"; write a command: curl -fs {self.shown}" if text.startswith("https://") else ""
             hint = hint or "; use tcp:, unix:, http://, file:, notify or a command"
             raise UsageError(f"{ascii(self.shown)[:60]} is no probe{hint}")
 
-    def plain(self, text: str) -> str:
-        """Return a part in which nothing is left to a shell. Raises UsageError."""
+    def literal(self, text: str) -> str:
+        """Return a part of the probe. Raises UsageError if a shell would expand it."""
         if text[:1] == "~" or set(text) & set("$`*"):
             raise UsageError(f"{ascii(self.shown)[:60]}: nothing is expanded in it; write it out, or write a command")
         return text
 
 
 def connect(probe: Probe) -> Any:
-    """Return a connected socket; without a host, to this machine by either protocol. Raises OSError."""
+    """Return a connected socket; without a host, try IPv6, then IPv4, of this machine. Raises OSError."""
     from socket import AF_UNIX, create_connection, socket
 
     host, port = probe.address
@@ -4896,7 +4896,7 @@ def connect(probe: Probe) -> Any:
 
 
 def http_status(sock: Any, probe: Probe) -> int:
-    """Return the status with which an http:// address answers, in time however slow it is. Raises OSError."""
+    """Return the HTTP status of the answer, which must come within TRY_TIMEOUT in all. Raises OSError."""
     deadline, line = time.monotonic() + TRY_TIMEOUT, b""
     sock.sendall(f"GET {probe.path} HTTP/1.0\r\n{probe.header}Connection: close\r\n\r\n".encode())
     while b"\n" not in line and len(line) < 1024:
@@ -4909,7 +4909,7 @@ def http_status(sock: Any, probe: Probe) -> int:
 
 
 def listener(host: str, port: int) -> int:
-    """Return the process that listens at a port of this machine; 0 if that cannot be told."""
+    """Return the pid of the process that listens at a port of this machine; 0 if unknown."""
     ours = os.getpid()
     if host not in ("", "localhost", "127.0.0.1", "::1"):
         return 0
@@ -4919,13 +4919,13 @@ def listener(host: str, port: int) -> int:
         try:
             if any(os.readlink(entry.path) in found for entry in os.scandir(f"/proc/{pid}/fd")):
                 return int(pid)
-        except OSError:  # it has gone, or is not ours to look at
+        except OSError:  # it has ended, or we may not read it
             pass
     return 0
 
 
 def file_state(path: str) -> tuple[int, ...]:
-    """Return what changes when a file does, nothing if there is none."""
+    """Return values of a file that differ after any change; empty if there is no file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -4934,10 +4934,10 @@ def file_state(path: str) -> tuple[int, ...]:
 
 
 class Prober:
-    """Tries a probe until it succeeds, in a thread of its own; `fileno` is readable when it has.
+    """Tries a probe until it succeeds, or `once`, in a thread of its own; `fileno` is readable afterwards.
 
-    With `once`, it makes a single try. With `changed`, a file counts only if it has changed since. `error` says why the
-    last try failed. Raises OSError, RuntimeError.
+    With `changed`, a file counts only if it has changed since. `error` says why the last try failed, and is empty if it
+    succeeded. Raises OSError, RuntimeError.
     """
 
     def __init__(self, text: str, env: dict[bytes, bytes], once: bool = False, changed: bool = False) -> None:
@@ -4946,7 +4946,7 @@ class Prober:
         self.error = "its first try has not ended"
         self.probe, self._env = Probe(text), env
         self._old = file_state(self.probe.path) if changed else ()
-        self._peer = self._pid = 0  # who listens at a Unix socket; a command that is being tried
+        self._peer = self._pid = 0  # pids: the listener at a Unix socket; the probe's command
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._ready, self._done = os.pipe()
         try:
@@ -4965,7 +4965,7 @@ class Prober:
         return not self.error
 
     def close(self) -> None:
-        """Make no more tries, and kill a command that is being tried, with all that it has started."""
+        """Make no more tries, and kill the probe's command with all its processes."""
         self._closed.set()
         with self._lock:
             if self._pid:
@@ -5009,9 +5009,9 @@ class Prober:
             return error_text(error)
 
     def _command(self) -> str:
-        """Run the probe's command, and end with KILL all that it leaves; return what is lacking.
+        """Run the probe's command, and kill what is left of its process group; return why it failed.
 
-        Its exit status comes through a pipe, since a Loop takes that of each child.
+        Its exit status comes through a pipe, since a Loop reaps all children.
         """
         command = ["sh", "-c", 'sh -c "$1" 3>&-; echo $? >&3; kill -9 0', "sh", self.probe.text]
         with open(null(), "rb", 0) as nothing:
@@ -5030,11 +5030,11 @@ class Prober:
         return "" if status == b"0" else exit_text(int(status))
 
 
-class Notified:
-    """A Prober that is told: READY=1 on a socket at `path`, as sd_notify(3) has it, by any process of the unit.
+class NotifySocket:
+    """A Prober for `notify`: it succeeds when a process sends READY=1 to the socket at `path`, as in sd_notify(3).
 
-    Only its path, which cannot be guessed, protects it, since a command may have become another user. It is to be
-    read until the command has ended: systemd-notify(1) sends a descriptor after READY=1, and fails unless it is taken.
+    Any user may send, since a command may change its user, but the path cannot be guessed. The socket must be read
+    until the command has ended: systemd-notify(1) sends a file descriptor after READY=1, and fails if it is not read.
     Raises OSError.
     """
 
@@ -5054,9 +5054,9 @@ class Notified:
         return self._sock.fileno()
 
     def ready(self) -> bool:
-        """Take what was said, and drop the descriptors that came with it; return whether READY=1 was ever said."""
+        """Read messages, and close file descriptors in them; return whether READY=1 was ever received."""
         if not self.error:
-            time.sleep(0.005)  # a sender without end is slowed down, not followed
+            time.sleep(0.005)  # slow down a process that sends without end
         try:
             for _ in range(64):
                 if b"READY=1" in self._sock.recv(4096).split(b"\n"):
@@ -5066,21 +5066,21 @@ class Notified:
         return not self.error
 
     def close(self) -> None:
-        """Listen no more."""
+        """Close and remove the socket."""
         self._sock.close()
-        remove(self._path)  # unless the command did
+        remove(self._path)
 
 
-# -- what a command leaves to others ----------------------------------------------------------------------------
+# -- variables for other units ------------------------------------------------------------------------------
 MAX_ENV = 1 << 15  # bytes in the file that $CODER_SYNC_ENV names
 NO_DIRECTORY = "$CODER_SYNC_ENV is empty: no directory for it can be written, not even /tmp or /dev/shm"
 
 
 def private_directory() -> str:
-    """Make a directory that others may pass through but not list, and return its path; empty if none can be made."""
+    """Create a directory that others can enter but not list; return its path, empty if none can be created."""
     for parent in filter(None, (getenv("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm")):
         path = os.path.join(os.path.abspath(parent), f"coder-sync-{os.urandom(8).hex()}")
-        if len(os.fsencode(path)) <= 80:  # a socket can be in it
+        if len(os.fsencode(path)) <= 80:  # short enough for the path of a socket in it
             try:
                 os.mkdir(path)
                 os.chmod(path, 0o711)
@@ -5091,7 +5091,7 @@ def private_directory() -> str:
 
 
 def remove_directory(path: str) -> None:
-    """Remove a private directory with all that a command may have left in it."""
+    """Remove a private directory with all that is in it."""
     try:
         os.rmdir(path)
     except OSError:
@@ -5101,7 +5101,7 @@ def remove_directory(path: str) -> None:
 
 
 def exported(path: str) -> dict[str, str]:
-    """Return the lines NAME=VALUE that a command has left at $CODER_SYNC_ENV. Raises Refused; never shows a value."""
+    """Return the variables that a command has written to $CODER_SYNC_ENV. Raises Refused, without any value."""
     too_large = Refused(f"its $CODER_SYNC_ENV is larger than {MAX_ENV >> 10} KiB")
     try:
         with open(open_file(path), "rb") as file:
@@ -5132,28 +5132,27 @@ PING_AFTER = 5.0  # seconds of silence
 
 
 class Link:
-    """A supervisor's connection to the agent, on which it does not wait for answers.
+    """A supervisor's connection to the agent, with a callback for the answer to each request.
 
-    Each request is answered exactly once: by the agent, or with an Unreachable once the agent is gone, after `gone` was
-    called with it. `news` is called with each notification. Calls come from `take` and `keep_time`, never from `ask`.
-    An agent that has left a request unanswered for `patience()` seconds is gone, which is found out by a ping now and
-    then, unless patience has no end.
+    Each request gets one answer: the agent's, or, when the agent is lost, Unreachable, after `gone` was called with
+    it. `notified` is called with each notification. `receive` and `keep_time` call back, but never `request`.
+    The agent is lost when it has left a request unanswered for `patience()` seconds. A silent agent is pinged.
     """
 
     def __init__(
-        self, loop: Loop, news: Callable[..., None], gone: Callable[..., object], patience: Callable[[], float]
+        self, loop: Loop, notified: Callable[..., None], gone: Callable[..., object], patience: Callable[[], float]
     ) -> None:
-        self._loop, self._news, self._gone, self._patience = loop, news, gone, patience
+        self._loop, self._notified, self._gone, self._patience = loop, notified, gone, patience
         self._channel: Channel | None = None  # while there is an agent
-        self.asked: dict[int, Callable[[Object], object]] = {}  # id of a request -> what takes its answer
-        self._since = 0.0  # when the agent last said something, or was first asked after it had answered everything
-        self.lost = ""  # why the agent is gone
+        self.pending: dict[int, Callable[[Object], object]] = {}  # id of a request -> callback for its answer
+        self._since = 0.0  # when the last message came, or the first of the pending requests was sent
+        self.lost = ""  # why the agent is lost
 
     def open(self, channel: Channel) -> None:
         """Start to use a connection."""
         self._channel, self.lost = channel, ""
-        self.asked, self._since = {}, time.monotonic()
-        self._loop.watch(channel.fileno(), self.take)
+        self.pending, self._since = {}, time.monotonic()
+        self._loop.watch(channel.fileno(), self.receive)
 
     def close(self) -> None:
         """Stop using the connection."""
@@ -5161,60 +5160,60 @@ class Link:
             self._loop.forget(self._channel.fileno())
             self._channel = None
 
-    def ask(self, method: str, answered: Callable[[Object], object] = bool, **params: Any) -> None:
-        """Send a request; `answered` is called with the message that has its result or error."""
-        request = min([0, *self.asked]) - 1  # unless it can be sent
-        if not self.asked:
+    def request(self, method: str, callback: Callable[[Object], object] = bool, **params: Any) -> None:
+        """Send a request; call `callback` with the message that has its result or error."""
+        number = min([0, *self.pending]) - 1  # if it cannot be sent
+        if not self.pending:
             self._since = time.monotonic()
         try:
             if self._channel and not self.lost:
-                request = self._channel.request(method, **params)
+                number = self._channel.request(method, **params)
         except Unreachable as error:
             self.lost = str(error)
-        self.asked[request] = answered
+        self.pending[number] = callback
 
-    def take(self) -> None:
-        """Handle what has been received."""
+    def receive(self) -> None:
+        """Handle the messages that have arrived."""
         try:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._since = time.monotonic()
                 if "method" in message:
-                    self._news(str(message["method"]), self._channel.news(message.get("params")))
-                elif message.get("id") in self.asked:
-                    self.asked.pop(message["id"])(message)
+                    self._notified(str(message["method"]), self._channel.news(message.get("params")))
+                elif message.get("id") in self.pending:
+                    self.pending.pop(message["id"])(message)
         except Unreachable as error:
             self.lost = str(error)
 
     def keep_time(self, now: float) -> float:
-        """Handle what has come; ping a silent agent, or take it for gone. Return when to call this again."""
-        self.take()
+        """Handle messages; ping a silent agent, or count it as lost. Return when to call this again."""
+        self.receive()
         if self._channel and now >= self._due():
-            if self.asked:
+            if self.pending:
                 self.lost = self.lost or self._channel._silence(self._patience())
             else:
-                self.ask("ping")
+                self.request("ping")
         if self.lost:
             error = Unreachable(self.lost)
             if self._channel:
                 self.close()
                 self._gone(error)
-            while self.asked:
-                self.asked.pop(next(iter(self.asked)))(error_message(None, error))
+            while self.pending:
+                self.pending.pop(next(iter(self.pending)))(error_message(None, error))
         return self._due()
 
     def _due(self) -> float:
         if not self._channel:
             return NEVER
         patience = self._patience()
-        return self._since + (patience if self.asked else min(PING_AFTER, patience))
+        return self._since + (patience if self.pending else min(PING_AFTER, patience))
 
 
 # -- a unit's command -------------------------------------------------------------------------------------------
 LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked for
-LOOK_EVERY = 5.0  # seconds between two looks at what a successful command has left in the background
-LOOK_OFTEN = 0.05  # seconds between two looks at what is being ended
-TELL_EVERY = 1.0  # seconds between two reports of what a probe lacks
-LAST_WAIT = 2.0  # seconds after KILL for which a process may still be there
+CHECK_EVERY = 5.0  # seconds between two checks for processes that a successful command has left
+CHECK_OFTEN = 0.05  # seconds between two checks for processes that are being ended
+ERROR_EVERY = 1.0  # seconds between two reports of a probe's error to the agent
+LAST_WAIT = 2.0  # seconds after KILL in which a process must have ended
 
 WAITING = "waiting"  # for its first try, or the next one
 CHECKING = "checking"  # whether the probe succeeds already, before the command is run
@@ -5245,9 +5244,8 @@ class Limits(Record):
 class Task:
     """A unit's command: its tries, its probe, its deadlines, its end, and the reports about it. Base of Run and Job.
 
-    It is in one state at a time. `due` has what is to be done in this state, and when; another state has another `due`.
-    After `begin`, the Loop calls `probed` and `process_ended`, and the owner calls `keep_time`. The outcome of the unit
-    is reported once.
+    `due` has the actions of the present state, and their times; another state has another `due`. After `begin`, the
+    Loop calls `probed` and `process_ended`, and the subclass calls `keep_time`. The outcome is reported once.
     """
 
     own_session = False  # whether the command gets a session of its own
@@ -5255,25 +5253,25 @@ class Task:
 
     def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits) -> None:
         self.loop, self.link, self.unit, self.command, self.limits = loop, link, unit, command, limits
-        self.command_text, self.log = command_text(command), ""  # as the agent shows them; `log` is a path
+        self.command_text, self.log = command_text(command), ""  # for the agent; `log` is the path of its output
         self.env: dict[bytes, bytes] = {}
-        self.left = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
+        self.env_path = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
         self.family = Family(0, False, "")  # the processes of the latest try
         self.code = 0  # exit status of its first process, -N for signal N
-        self.status = 0  # that says more than `code`, if not 0
-        self.tries, self.began = 0, 0.0  # how many, and when the latest one began
-        self.prober: Prober | Notified | None = None
-        self.told = ""  # what the agent knows that its probe lacks
-        self.why = ""  # the latest try failed, or was ended
-        self.kill_at = 0.0  # while it is being ended
+        self.status = 0  # exit status for `run` instead of `code`, unless 0
+        self.tries, self.began = 0, 0.0  # how many tries, and when the latest one began
+        self.prober: Prober | NotifySocket | None = None
+        self.reported_error = ""  # of the probe, as the agent knows it
+        self.why = ""  # why the latest try failed, or was ended
+        self.kill_at = 0.0  # when to send KILL, in state ENDING
         self.stopped = ""  # why there will be no further try
         self.reported = ""  # outcome of the unit: COMPLETED or FAILED
-        self.runs_on = False  # the unit has its outcome, and the agent waits for `exited`
+        self.runs_on = False  # whether the unit has its outcome, and the agent waits for `exited`
 
     def use_directory(self, path: str) -> None:
-        """Choose paths in a private directory that nobody can guess; none without a directory."""
-        self.left, self.notify_path = (path and os.path.join(path, os.urandom(8).hex()) for _ in range(2))
+        """Choose paths in a private directory that cannot be guessed; empty ones without a directory."""
+        self.env_path, self.notify_path = (path and os.path.join(path, os.urandom(8).hex()) for _ in range(2))
 
     # -- hooks for subclasses
 
@@ -5288,8 +5286,8 @@ class Task:
         if detail:
             self.report("retry", detail=detail)
 
-    def to_be_tried_again(self, detail: str, delay: float) -> None:
-        """Say that there will be a further try."""
+    def announce_retry(self, detail: str, delay: float) -> None:
+        """Print that there will be a further try."""
 
     def warn(self, text: str) -> None:
         """Print a warning."""
@@ -5302,7 +5300,7 @@ class Task:
     # -- life cycle
 
     def enter(self, state: str, due: dict[Callable[[], None], float]) -> None:
-        """Change the state, and what is due."""
+        """Change the state and the actions that are due."""
         if state not in FOLLOW[self.state]:
             raise RuntimeError(f"{self.unit}: from {self.state} to {state}")
         self.state, self.due = state, due
@@ -5310,23 +5308,23 @@ class Task:
             self.close_prober()
 
     def lives(self) -> bool:
-        """Return whether something of it may run."""
+        """Return whether a process of the command may run."""
         return self.state in (RUNNING, READY, ENDING)
 
     def keep_time(self, now: float) -> None:
-        """Do what is due."""
+        """Call the actions that are due."""
         for action in [action for action, when in self.due.items() if now >= when]:
             if self.due.get(action, NEVER) <= now:  # unless an earlier action has changed that
                 del self.due[action]
                 action()
 
     def next_due(self) -> float:
-        """Return when something is next due."""
+        """Return when the next action is due."""
         return min(self.due.values()) if self.due else NEVER
 
     def begin(self) -> None:
-        """Begin a try: first of the probe, which must not succeed yet, then of the command."""
-        remove(self.left)
+        """Begin a try: check that the probe does not succeed yet, then run the command."""
+        remove(self.env_path)
         if self.limits.ready in ("", "notify") or self.limits.ready.startswith("file:"):
             self.run()
             return
@@ -5351,7 +5349,7 @@ class Task:
 
     def run(self) -> None:
         """Run the command and begin to probe it."""
-        detail = self.next_try() if self.tries else ""
+        detail = self.retry_text() if self.tries else ""
         try:
             if self.limits.ready:
                 self.probe()
@@ -5360,38 +5358,38 @@ class Task:
             self.not_begun(error)
             return
         self.loop.children[pid] = self.process_ended
-        self.family = Family(pid, self.own_session, self.left)
-        self.why, self.told, self.began = "", "", time.monotonic()
+        self.family = Family(pid, self.own_session, self.env_path)
+        self.why, self.reported_error, self.began = "", "", time.monotonic()
         self.tries += 1
         due = {self.time_is_up: self.limits.timeout or NEVER}
         if self.prober:
-            due.update({self.not_ready: self.limits.ready_timeout or NEVER, self.tell_error: TELL_EVERY})
+            due.update({self.not_ready: self.limits.ready_timeout or NEVER, self.report_error: ERROR_EVERY})
         self.enter(RUNNING, {action: self.began + seconds for action, seconds in due.items()})
         self.begun(detail)
 
     def environment(self) -> dict[bytes, bytes]:
         """Return the environment of the command."""
-        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.left}  # and not those of our own unit
+        added = {"CODER_SYNC_UNIT": self.unit, "CODER_SYNC_ENV": self.env_path}  # not those of a unit that we are in
         if self.limits.ready == "notify":
             added["NOTIFY_SOCKET"] = self.notify_path
         return environment(self.env, **added)
 
     def not_begun(self, error: Exception) -> None:
-        """Wait if the system's resources are short and something of ours will free some; else the try has failed."""
+        """Begin again soon if resources are short and children of ours will free some; else the try has failed."""
         wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
         if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
-            self.enter(WAITING, {self.begin: time.monotonic() + LOOK_OFTEN})
+            self.enter(WAITING, {self.begin: time.monotonic() + CHECK_OFTEN})
         else:
             self.tries += 1
-            self.tried()
+            self.try_failed()
 
     def probe(self, once: bool = False) -> None:
-        """Begin to probe, `once` before the command is run. Raises CommandError."""
+        """Begin to probe; `once` is for the check before the command is run. Raises CommandError."""
         try:
             if self.limits.ready == "notify":
-                self.prober = Notified(self.notify_path)
+                self.prober = NotifySocket(self.notify_path)
             else:
                 self.prober = Prober(self.limits.ready, self.environment(), once, changed=not once)
         except (OSError, RuntimeError) as error:  # no descriptor, thread or directory
@@ -5399,13 +5397,13 @@ class Task:
         self.loop.watch(self.prober.fileno(), self.checked if once else self.probed)
 
     def probed(self) -> None:
-        """Handle news of the prober."""
+        """Report that the unit has completed, if its probe has succeeded."""
         if self.prober and self.prober.ready() and self.waits_for_probe():
             self.close_prober(ended=False)
             self.complete()
 
     def waits_for_probe(self) -> bool:
-        """Return whether the unit completes when its probe succeeds, and not before."""
+        """Return whether the unit is to complete when its probe succeeds."""
         return self.state == RUNNING and self.limits.ready != "" and not self.reported
 
     def close_prober(self, ended: bool = True) -> None:
@@ -5415,28 +5413,29 @@ class Task:
             self.prober.close()
             self.prober = None
 
-    def tell_error(self) -> None:
-        """Tell the agent what the probe lacks, if that has changed."""
-        self.due[self.tell_error] = time.monotonic() + TELL_EVERY
-        if self.lack() not in ("", self.told):
-            self.told = self.lack()
-            self.link.ask("probing", unit=self.unit, error=self.told)
+    def report_error(self) -> None:
+        """Report the error of the probe, if it has changed."""
+        self.due[self.report_error] = time.monotonic() + ERROR_EVERY
+        if self.probe_error() not in ("", self.reported_error):
+            self.reported_error = self.probe_error()
+            self.link.request("probing", unit=self.unit, error=self.reported_error)
 
-    def lack(self) -> str:
-        """Return what the probe lacks; empty if nothing, or if nothing is probed."""
+    def probe_error(self) -> str:
+        """Return why the last try of the probe failed; empty if it succeeded, or nothing is probed."""
         return self.prober.error if self.prober else ""
 
     def not_ready(self) -> None:
         """End the command, which is not ready in time."""
         self.status = TimedOut.exit_code
-        self.end(f"not ready after {span(self.limits.ready_timeout)}: {shown_probe(self.limits.ready)} ({self.lack()})")
+        probe = f"{shown_probe(self.limits.ready)} ({self.probe_error()})"
+        self.end(f"not ready after {span(self.limits.ready_timeout)}: {probe}")
 
     def time_is_up(self) -> None:
         """End the command, which takes too long."""
         self.end(f"timed out after {span(self.limits.timeout)}")
 
     def process_ended(self, code: int) -> None:
-        """Handle the end of the first process, with an exit status, -N for signal N."""
+        """Handle the end of the first process; its exit status is -N for signal N."""
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
@@ -5453,7 +5452,7 @@ class Task:
         if self.state == READY and not self.own_session and not self.limits.ready:
             self.due[self.gone] = 0.0  # `run` without a probe does not wait for what its command has left
         elif self.state == READY:
-            self.due[self.look] = 0.0 if self.runs_on else time.monotonic() + LOOK_EVERY
+            self.due[self.check_left] = 0.0 if self.runs_on else time.monotonic() + CHECK_EVERY
 
     def end(self, why: str, by: float = NEVER) -> None:
         """End all processes of the command until the time `by`, at most `grace` seconds from now.
@@ -5468,18 +5467,18 @@ class Task:
             return
         self.why, self.kill_at = why, by
         others_at = (now + by) / 2 if self.family.first else now
-        self.enter(ENDING, {self.tell_others: others_at, self.look: now})
+        self.enter(ENDING, {self.terminate_others: others_at, self.check_left: now})
         self.close_prober(ended=False)
-        self.family.scan(self.loop.processes)  # a process whose parent has ended is no longer known as its child
+        self.family.scan(self.loop.processes)  # while parents live, by which their children are found
         self.family.terminate_first()
 
-    def tell_others(self) -> None:
-        """Send TERM to the other processes."""
+    def terminate_others(self) -> None:
+        """Send TERM to all processes but the first."""
         self.family.scan(self.loop.processes)
         self.family.terminate_others()
 
-    def look(self) -> None:
-        """Look whether any process is left, and go on accordingly."""
+    def check_left(self) -> None:
+        """Check whether a process is left, and go on accordingly."""
         now = time.monotonic()
         if not self.family.scan(self.loop.processes):
             self.gone()
@@ -5488,43 +5487,43 @@ class Task:
             self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
             self.gone()
         elif self.state == ENDING:
-            self.due[self.look] = now + LOOK_OFTEN
+            self.due[self.check_left] = now + CHECK_OFTEN
             if now >= self.kill_at:
                 self.family.kill()
         elif not self.family.first:
-            self.due[self.look] = now + LOOK_EVERY
+            self.due[self.check_left] = now + CHECK_EVERY
             if not self.runs_on:
                 self.runs_on = True
                 self.report("running")
 
     def gone(self) -> None:
-        """Go on after the last process of a try has ended."""
+        """Handle the end of the last process of a try."""
         if not self.reported:
-            self.tried()
+            self.try_failed()
             return
         self.enter(GONE, {})
         if self.runs_on:
             self.exited()
 
     def exited(self) -> None:
-        """Report that the command has ended, after the unit has got its outcome."""
+        """Report that the command has ended, after the outcome of the unit."""
         code = shell_status(self.code) or (143 if self.why else 0)
         self.report("exited", reason=self.why, code=code, stopped=bool(self.stopped and self.why))
 
-    def tried(self) -> None:
-        """Try again after a failed try, or report the failure."""
+    def try_failed(self) -> None:
+        """Prepare the next try, or report that the unit has failed."""
         if self.tries <= self.limits.retries and not self.stopped:
             delay = self.limits.delay * 2.0 ** min(self.tries - 1, 32)
             delay = min(delay, max(self.limits.delay, LONGEST_DELAY))
             self.status = 0
             self.enter(WAITING, {self.begin: time.monotonic() + delay})
-            self.to_be_tried_again(self.next_try(), delay)
+            self.announce_retry(self.retry_text(), delay)
         else:
             self.enter(GONE, {})
             self.fail(self.why)
 
-    def next_try(self) -> str:
-        """Return the number of the next try, and why there is one."""
+    def retry_text(self) -> str:
+        """Return which try is next, and why."""
         return f"try {self.tries + 1} of {self.limits.retries + 1} after {self.why}"
 
     def stop(self, why: str, by: float = NEVER) -> None:
@@ -5532,16 +5531,17 @@ class Task:
         self.stopped = why
         if self.state in (WAITING, CHECKING):
             self.enter(GONE, {})
-            self.fail(why)
-        elif self.state != GONE:
+        if self.state != GONE:
             self.end(why, by)
+        elif not self.reported:
+            self.fail(why)
 
     # -- reports
 
     def complete(self) -> None:
-        """Report that the unit has completed, and which variables it leaves to others."""
+        """Report that the unit has completed, with its variables for other units."""
         try:
-            env = exported(self.left)
+            env = exported(self.env_path)
         except Refused as error:
             self.end(str(error))
             return
@@ -5574,8 +5574,8 @@ class Task:
                 self.due[self.time_is_up] = min(time.monotonic() + self.grace, end_by)
 
     def report(self, method: str, **params: Any) -> None:
-        """Tell the agent."""
-        self.link.ask(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
+        """Send a report to the agent."""
+        self.link.request(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
 
 
 # -- the commands -------------------------------------------------------------------------------------------
@@ -5620,7 +5620,7 @@ class Run(Task):
 
     def __init__(self, args: Args, start: Start) -> None:
         loop = Loop()
-        link = Link(loop, self.news, bool, self.patience)
+        link = Link(loop, self.notified, bool, self.patience)
         times = {"ready_timeout": args.ready_timeout, "delay": args.retry_delay}
         given = {name: seconds for name, seconds in times.items() if seconds is not None}
         limits = Limits(args.ready or "", retries=args.retry, **given)
@@ -5642,12 +5642,12 @@ class Run(Task):
                 now = time.monotonic()
                 self.keep_time(now)
                 due = self.link.keep_time(now)
-                if self.state == GONE and not self.link.asked:
+                if self.state == GONE and not self.link.pending:
                     return self.status or shell_status(self.code) or int(self.reported == FAILED)
                 for number in self.loop.turn(min(due, self.next_due())):
                     self.signalled(number)
         finally:
-            remove(self.left)
+            remove(self.env_path)
             remove_directory(self.directory)
 
     def patience(self) -> float:
@@ -5657,7 +5657,7 @@ class Run(Task):
         return STOPPED_TIMEOUT if self.stopped else REPLY_TIMEOUT
 
     def signalled(self, number: int) -> None:
-        """Pass a signal on to the command, unless a key has sent it to both; there will be no further try."""
+        """Pass a signal on to the command, unless a key has sent it there, too; there will be no further try."""
         self.stopped = "stopped"
         if self.state in (WAITING, CHECKING, GONE):
             self.status = 128 + number
@@ -5666,14 +5666,14 @@ class Run(Task):
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
-        else:  # its remaining processes are being ended
+        else:  # what is left of it is being ended
             self.end("", by=0.0)
 
-    def news(self, method: str, news: Answer) -> None:
-        """End the command if the agent says so; go on with it if others say that the unit is complete."""
-        if method == "stop" and news.unit == self.unit:
-            self.stop("stopped", time.monotonic() + news.grace)
-        elif method == "unit" and news.status == COMPLETED and not self.reported:
+    def notified(self, method: str, params: Answer) -> None:
+        """Handle a notification: stop, or go on as a service, since others have completed the unit."""
+        if method == "stop" and params.unit == self.unit:
+            self.stop("stopped", time.monotonic() + params.grace)
+        elif method == "unit" and params.status == COMPLETED and not self.reported:
             self.ended_by_others(COMPLETED)
 
     def begun(self, detail: str) -> None:
@@ -5682,13 +5682,13 @@ class Run(Task):
             self.due[self.say_not_ready] = self.began + FIRST_REPORT
 
     def say_not_ready(self) -> None:
-        """Say what the probe lacks."""
+        """Print why the command is not ready yet."""
         now = time.monotonic()
         self.due[self.say_not_ready] = now + REPORT_EVERY
-        lacks = f"{shown_probe(self.limits.ready)} ({self.lack()})"
-        say(f"{self.unit}: not ready after {span(now - self.began)}: {lacks}", 2, self.quiet)
+        probe = f"{shown_probe(self.limits.ready)} ({self.probe_error()})"
+        say(f"{self.unit}: not ready after {span(now - self.began)}: {probe}", 2, self.quiet)
 
-    def to_be_tried_again(self, detail: str, delay: float) -> None:
+    def announce_retry(self, detail: str, delay: float) -> None:
         put(f"{self.unit}: {detail}, in {delay:g}s\n", 2)
 
     def fail(self, reason: str) -> None:
@@ -5734,7 +5734,7 @@ def cmd_wait(args: Args) -> int:
 
 
 def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
-    """Try probes until all have succeeded, or until a signal or a time; return the exit status."""
+    """Try probes until all have succeeded, a signal has come, or it is `end`; return the exit status."""
     from functools import partial
 
     loop, report_at = Loop((*STOPS, signal.SIGQUIT)), began + FIRST_REPORT
@@ -5744,20 +5744,20 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
             probers.append(Prober(probe, environment()))
             fd = probers[-1].fileno()
             loop.watch(fd, partial(loop.forget, fd))
-        while lacks := {shown_probe(text): prober.error for text, prober in zip(probes, probers) if prober.error}:
+        while errors := {shown_probe(text): prober.error for text, prober in zip(probes, probers) if prober.error}:
             now = time.monotonic()
             if now >= end:
-                rows = "".join(f"  {probe}: {error}\n" for probe, error in lacks.items())
-                put(f"timeout waiting for {some_names([*lacks])}\n{rows}", 2)
+                rows = "".join(f"  {probe}: {error}\n" for probe, error in errors.items())
+                put(f"timeout waiting for {some_names([*errors])}\n{rows}", 2)
                 return TimedOut.exit_code
             if now >= report_at:
                 report_at = now + REPORT_EVERY
-                text = "; ".join(f"{probe} ({error})" for probe, error in lacks.items())
+                text = "; ".join(f"{probe} ({error})" for probe, error in errors.items())
                 say(f"still waiting after {span(now - began)} for {text}", quiet=quiet)
             for number in loop.turn(min(end, report_at)):
                 return 128 + number
         return 0
-    finally:  # what is being tried does not outlive us
+    finally:  # commands of probes do not outlive us
         for prober in probers:
             prober.close()
         loop.give_back()
@@ -5975,17 +5975,16 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
             guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
             hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
-    for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
-        hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
-        if hint:
-            warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
-        if unit in by_name and edge.dependency in by_name:
-            wants = by_name[unit].want
-            if all(other.dependency != edge.dependency for other in wants):  # else the script has its own requirement
-                wants.append(edge)
+        missing = next((name for name in (unit, edge.dependency) if name not in by_name), "")
+        if missing:
+            hint = meant(resembling(missing, list(by_name)))
+            if hint:
+                warn(f'{edge.place}: no file provides "{missing}"{hint}')
+        elif edge.dependency not in [own.dependency for own in by_name[unit].want]:
+            by_name[unit].want.append(edge)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
         mistakes.append(f"{' '.join(paths)}: no executable files")
@@ -6304,7 +6303,7 @@ class Job(Task):
         self.stream = Stream(script.unit, boot.loop, boot.out)
         self.command_text = "/".join(script.path.split("/")[-2:])
         self.log = os.fsencode(self.stream.log_path).decode(errors="replace")
-        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
+        self.outcome, self.reason = "", ""  # of the unit
         self.died = False  # the command has failed after the unit had completed
 
     def running(self) -> bool:
@@ -6351,7 +6350,8 @@ class Job(Task):
             unwrap(message)
         except SyncError as error:
             if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.fail(str(error))
+                self.reported = ""
+                self.stop(str(error))
             elif method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
                 self.set_outcome(self.reported, self.reason)
 
@@ -6420,7 +6420,7 @@ class Boot:
         self.link.open(channel)
         try:
             self.claim()
-            self.until(lambda: not self.unfinished and not self.link.asked and self.printed())
+            self.until(lambda: not self.unfinished and not self.link.pending and self.printed())
             return self.after_startup(self.finish())
         except BaseException:
             self.abandon()
@@ -6460,7 +6460,7 @@ class Boot:
             return True
         needed = self.host and not self.stopping and not self.host.agent.retire()
         self.retire_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.asked))
+        return bool(needed or (self.host and self.link.pending))
 
     def printing(self) -> list[str]:
         """Return the units whose output is still open."""
@@ -6476,7 +6476,7 @@ class Boot:
             family.first = False  # nobody takes its exit status any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
-            time.sleep(LOOK_OFTEN)
+            time.sleep(CHECK_OFTEN)
             families = [family for family in families if family.scan(Processes)]
             for family in families if time.monotonic() >= kill_at else ():
                 family.kill()
@@ -6513,7 +6513,7 @@ class Boot:
         """Do what is due; return when something is next."""
         if now >= self.report_at:
             self.report_at = now + REPORT_EVERY
-            self.link.ask("graph", lambda answer: self.say_progress(graph_in(answer)))
+            self.link.request("graph", lambda answer: self.say_progress(graph_in(answer)))
         for job in [job for job in self.active.values() if job.next_due() <= now or job.state == GONE]:
             job.keep_time(now)
             if job.state == GONE:
@@ -6566,11 +6566,11 @@ class Boot:
             row = {"unit": job.unit, "wants": wants, "locks": job.script.lock}
             length = len(encode(row))
             if rows and size + length > MAX_LINE - 1024:
-                self.link.ask("boot", unwrap, units=rows, jobs=jobs, more=True)
+                self.link.request("boot", unwrap, units=rows, jobs=jobs, more=True)
                 rows, size = [], 0
             rows.append(row)
             size += length
-        self.link.ask("boot", self.claim_answered, units=rows, jobs=jobs, more=False, resume=self.options.resume)
+        self.link.request("boot", self.claim_answered, units=rows, jobs=jobs, more=False, resume=self.options.resume)
 
     def claim_answered(self, answer: Object) -> None:
         """Handle the answer to our claim. Raises Refused, Unreachable."""
@@ -6647,7 +6647,7 @@ class Boot:
         for job in self.active.values():
             if job.running() and not job.outcome:
                 more = [f"try {job.tries} of {job.limits.retries + 1}"] if job.tries > 1 else []
-                more += [f"not ready: {job.lack()}"] if job.lack() else []
+                more += [f"not ready: {job.probe_error()}"] if job.probe_error() else []
                 shown.append(f"{job.unit} {span(now - job.began)}" + (f" ({', '.join(more)})" if more else ""))
         return shown
 
@@ -6681,8 +6681,8 @@ class Boot:
         lost, graphs = self.link.lost, []  # type: tuple[str, list[Graph]]
         for job in self.active.values():
             if job.lives():
-                job.look()
-        self.link.ask("graph", lambda answer: graphs.append(graph_in(answer)))
+                job.check_left()
+        self.link.request("graph", lambda answer: graphs.append(graph_in(answer)))
         self.until(lambda: bool(graphs))
         self.out.clear()
         self.out.flush()

@@ -61,6 +61,7 @@ from coder_sync import (
     ParseError,
     Refused,
     TimedOut,
+    Units,
     UnitStatus,
     Unreachable,
     UsageError,
@@ -83,33 +84,28 @@ for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") els
     except OSError:
         pass
 """
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+COUNT = itertools.count()
+CATCH = """
+import os, signal
+numbers = [getattr(signal, "SIG" + name) for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2")]
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # handlers and pause() would race
+os.write(1, b"ready\\n")
+while True:
+    number = signal.sigwait(numbers)
+    os.write(1, b"got %d\\n" % number)
+    if number == signal.SIGTERM:
+        os._exit(9)
+"""
+SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM]
+for number in SIGNALS:  # in the background of a shell, or under nohup(1), what is tested would ignore some of them
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Helpers: a fake clock; an agent; the command line as processes; raw connections; waiting for an event.
+# Helpers: an agent; the command line as processes, or in this one; raw connections; waiting for an event.
 # ---------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Units(coder_sync.Units):
-    """The rules, with answers that are kept until somebody takes them."""
-
-    def __init__(self, *clocks: Any, **options: Any) -> None:
-        self.known: list[tuple[Any, Any]] = []
-        super().__init__(*clocks, answer=lambda *known: self.known.append(known), **options)
-
-    def take_answers(self) -> list[tuple[Any, Any]]:
-        known, self.known = self.known, []
-        return known
 
 
 def until(condition: Callable[[], Any], what: str = "") -> Any:
@@ -262,6 +258,14 @@ def agent(world: World) -> World:
     return world
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """An agent that many badly behaved clients share."""
+    with World(tmp_path_factory.mktemp("shared")) as world:
+        world.serve()
+        yield world
+
+
 class Peer:
     """A raw connection to an agent, for saying things a client would not say."""
 
@@ -290,6 +294,171 @@ class Peer:
     def close(self) -> None:
         self.file.close()
         self.sock.close()
+
+
+def shown_on(master: int, text: bytes, seen: bytes = b"") -> bytes:
+    """What was seen of a terminal before and what is shown now, up to the moment when a text is in it."""
+    while text not in seen:
+        assert select.select([master], [], [], PATIENCE)[0], f"{text!r} never came after {seen!r}"
+        seen += os.read(master, 4096)
+    return seen
+
+
+def line_of(pipe: Any) -> str:
+    """The next line from a process, without reading ahead, so a short one."""
+    data = b""
+    while not data.endswith(b"\n"):
+        assert select.select([pipe], [], [], PATIENCE)[0], f"nothing more after {data!r}"
+        byte = os.read(pipe.fileno(), 1)
+        if not byte:
+            break
+        data += byte
+        assert len(data) < 10_000, "this takes long; read it otherwise"
+    return data.decode()
+
+
+def stopped(agent: subprocess.Popen[str], number: int = signal.SIGTERM) -> subprocess.CompletedProcess[str]:
+    """Send a signal and wait for the end."""
+    agent.send_signal(number)
+    return finish(agent)
+
+
+def altered(changes: str, *argv: str) -> list[str]:
+    """A command line of coder_sync with some of the module's names set to other values."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync\n{changes}\ncoder_sync.main(sys.argv[1:])"
+    return [*PYTHON, code, *argv]
+
+
+def limited(limit: str, *argv: str) -> list[str]:
+    """A command line of coder_sync under an option of ulimit."""
+    return ["sh", "-c", f'ulimit {limit}; exec "$@"', "-", *program(), *argv]
+
+
+def answering(world: World, argv: list[str], **options: Any) -> subprocess.Popen[str]:
+    """Start an agent with this command line; return once it answers."""
+    agent = world.spawn(argv, **options)
+    world.client.ping(wait=PATIENCE)
+    return agent
+
+
+def stranger(*argv: str, uid: int = 65534, changes: str = "") -> list[str]:
+    """A command line of coder_sync as another user, if we can be one. What it may import it imports before."""
+    modules = (
+        "contextlib, difflib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
+    )
+    modules += ", tempfile, threading, logging.handlers"
+    become = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid({uid})\n"
+    return altered(become + changes, *argv)
+
+
+def served(world: World) -> None:
+    """Assert that another client is served as if nothing had happened."""
+    unit = f"bystander-{next(COUNT)}"
+    assert world.client.start(unit, timeout=PATIENCE).dependencies == []
+    world.client.complete(unit)
+    assert world.status(unit) == "completed"
+
+
+def kinds_of(world: World, unit: str) -> list[str]:
+    """What happened to a unit, in order."""
+    return [e.kind for e in world.client.events() if e.unit == unit]
+
+
+def happened(world: World, unit: str, kind: str) -> None:
+    """Return once this happened to a unit."""
+    until(lambda: kind in kinds_of(world, unit), f"{unit}: {kind}")
+
+
+def alive(pid: int) -> bool:
+    return bool(coder_sync.birth(pid))
+
+
+def process_state(pid: int) -> str:
+    """The letter of ps(1): S sleeps, T is stopped, Z is a zombie."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def at_rest(pid: int) -> None:
+    """Return once a process uses no processor, where that can be seen."""
+
+    def used() -> list[str]:
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.read_text().rpartition(")")[2].split()[11:13] if Path("/proc/self/stat").exists() else []
+
+    until(lambda: used() == (time.sleep(0.4), used())[1], "nothing to do")
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Stop a process, and return once it does nothing any more."""
+    process.send_signal(signal.SIGSTOP)
+    until(lambda: process_state(process.pid) == "T", "stopped")
+
+
+def serves(world: World, pid: int = 0) -> bool:
+    """Whether an agent answers, and is the one that is meant."""
+    with contextlib.suppress(coder_sync.Unreachable):
+        found = world.client.ping()["pid"]
+        return bool(found == (pid or found))
+    return False
+
+
+class Ended(BaseException):
+    """What posix._exit raises in `Call`."""
+
+
+class Call:
+    """A call of the command line inside this process: for what it says and how it ends, at no interpreter's start."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capfd, self.monkeypatch = capfd, monkeypatch
+        self.main: Callable[[], Any] = coder_sync.main
+
+    def __call__(self, world: World, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        def end(code: int) -> None:
+            raise Ended(code)
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(coder_sync.posix, "_exit", end)
+            patch.setattr(sys, "argv", [str(FILE), *words])
+            for name, value in {"CODER_AGENT_SOCKET_PATH": world.path, **env}.items():
+                patch.setenv(name, value)
+            self.capfd.readouterr()
+            with pytest.raises(Ended) as caught:
+                self.main()
+            out, err = self.capfd.readouterr()
+        return subprocess.CompletedProcess(words, caught.value.args[0], out, err)
+
+    def ok(self, world: World, *words: str, **env: str) -> str:
+        """A call that must succeed; return what it printed."""
+        done = self(world, *words, **env)
+        assert done.returncode == 0, done
+        return str(done.stdout)
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    return Call(capfd, monkeypatch)
+
+
+@contextlib.contextmanager
+def impostor(world: World, answer: bytes) -> Iterator[None]:
+    """Something else that listens at the socket's path, and gives everybody one answer."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                self.request.recv(65536)
+                self.request.sendall(answer)
+                self.request.shutdown(socket.SHUT_WR)
+                self.request.recv(65536)
+
+    with socketserver.UnixStreamServer(world.path, Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            os.unlink(world.path)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -327,11 +496,14 @@ class Rules:
     """Units driven by steps. An answer counts as delivered at once, unless its start was said to be `late`."""
 
     def __init__(self) -> None:
-        self.clock = Clock()
+        self.now = 1000.0
         self.heard: list[coder_sync.Event] = []
+        self.known: list[tuple[Any, Any]] = []  # claims and their answers, which nobody has taken yet
         self.dead: set[int] = set()
-        alive = lambda owner: owner.pid not in self.dead  # noqa: E731
-        self.units = Units(self.clock, lambda: 1.7e9 + self.clock.now, alive, self.heard.append)
+        self.units = Units(
+            *(lambda: self.now, lambda: 1.7e9 + self.now, lambda owner: owner.pid not in self.dead),
+            *(self.heard.append, lambda *known: self.known.append(known)),
+        )
         self.claims: dict[str, Any] = {}
         self.late: set[str] = set()
         self.gone: set[str] = set()  # tickets of who is not there any more
@@ -392,7 +564,7 @@ class Rules:
         self.gone.update(tickets)
 
     def sleep(self, seconds: float) -> None:
-        self.clock.now += seconds
+        self.now += seconds
         self.units.end_late(self.claims.values())
         self.units.keep_time()
 
@@ -425,7 +597,8 @@ class Rules:
         return f"{answer['unit']} {answer['status']}" if claim.boot else "ok"
 
     def answers(self) -> list[tuple[Any, Any]]:
-        return [(claim, answer) for claim, answer in self.units.take_answers() if claim.ticket not in self.gone]
+        known, self.known = self.known, []
+        return [(claim, answer) for claim, answer in known if claim.ticket not in self.gone]
 
 
 @pytest.fixture
@@ -528,7 +701,7 @@ nor does that of one that lost while it waited:
     => #1 ok, #2 AlreadyStarted, !Refused | a:completed b:completed
 who started it may ask twice and report:
     start a #1 by=10; start a #2 by=10; complete a by=10 => #1 ok, !AlreadyStarted | a:completed
-who was refused once may start it later:
+who was refused once may start it later, and report:
     start a #1 by=10; start a #2 by=20; complete a; start a #3 by=20; complete a by=20
     => #1 ok, !AlreadyStarted, #3 ok | a:completed
 # skipping
@@ -538,30 +711,24 @@ whoever waits for what is skipped is answered: want b a; start c #1 b; start c #
 who asks later is told the whole cause: want b a; want a; fail a; start c #1 b
     => #1 DependencyFailed | a:failed b:skipped c:skipped | says unit "c" skipped: dependency "b" was skipped:
     dependency "a" failed
-a wait ends with the first that fails:
-    wait #1 a b; want b; fail b => #1 DependencyFailed | b:failed | says dependency "b" failed
 # claims: each ends in one way
 a plain start that ends leaves its unit pending, a held one fails it:
     start b #1 a; start c #2 a held; lose #1 #2; want a; complete a => | a:completed b:pending c:failed
-time that is up ends a plain start: start b #1 a within=5; sleep 4; sleep 1; want a; complete a
-    => #1 TimedOut | a:completed b:pending | says timeout waiting for dependencies of unit b: a not registered
-time that is up fails the unit of a held start:
-    start b #1 a within=5 held; sleep 5 => #1 TimedOut | a:not-registered b:failed
+time that is up ends a start, and fails the unit if it is held:
+    start b #1 a within=5; start c #2 a within=5 held; sleep 4; sleep 1; want a; complete a
+    => #1 TimedOut, #2 TimedOut | a:completed b:pending c:failed
+    | says timeout waiting for dependencies of unit c: a not registered
 but not while another wants to run it:
     start b #1 a within=5 held; start b #2; sleep 5; want a; complete a => #1 TimedOut, #2 ok | a:completed b:started
 time that is up ends a wait:
     wait #1 a c within=5; sleep 5 => #1 TimedOut | | says timeout waiting for a, c: a not registered, c not registered
 time that is up ends the wait behind an answer on its way: start a #1 late; start a #2 within=1; sleep 1
     => #1 ok, #2 TimedOut | a:started | says timeout waiting for dependencies of unit a: a started
-after the start time counts no more: start a #1 within=5 held; sleep 50 => #1 ok | a:started
-without a time a start or a wait waits on: start b #1 a; wait #2 a; sleep 99999 => | a:not-registered b:pending
+time counts no more after the start, nor if none was given:
+    start a #1 within=5 held; start b #2 x; wait #3 x; sleep 99999 => #1 ok | a:started b:pending x:not-registered
 a start whose process ends is answered: start b #1 a held; quit #1
     => #1 Refused | a:not-registered b:failed | says unit "b" was not started: its process has ended
 # locks
-who waits for two locks goes first, unless it gives up or has to wait for something else:
-    start a #1 lock=k; want w; complete w; start b #2 lock=k,l within=5; start c #3 lock=l; start d #4 w lock=k,m;
-    start e #5 lock=m; sleep 5; start w #6
-    => #1 ok, #2 TimedOut, #3 ok, #6 ok, #5 ok | a:started b:pending c:started d:pending e:started w:started
 who gives up leaves a lock to the next:
     start a #1 lock=k; start b #2 lock=k within=5; start c #3 lock=k; sleep 5; complete a
     => #1 ok, #2 TimedOut, #3 ok | a:completed b:pending c:started | says timeout waiting for dependencies of unit b:
@@ -577,8 +744,6 @@ while one is claimed too: start b #1 x by=42; boot #b a b
     first
 but not if who started it has gone: start b #1 by=42; die 42; boot #b a b => #1 ok, #b a started, #b b started |
     a:started b:started
-a name that another of its units wants from now on stays the same: want a x; boot #b a b:x; want x; complete x
-    => #b a started, #b b started | a:started b:started x:completed
 with one name twice too: boot #b a a => !Refused | | says a boot names a unit twice
 no more than so many jobs run at once: boot #b a b c jobs=2; start d #1; complete b; boot #c e
     => #b a started, #b b started, #1 ok, #b b completed, #b c started, #c e started | a:started b:completed c:started
@@ -620,10 +785,9 @@ what a lost boot has left keeps another from running, until it is dead:
     still runs (pid 42), and its supervisor is gone: end that process first
 what has lost its connection may begin again: start a #1 held by=42; lose #1; boot #b a
     => #1 ok, #b a started | a:started
-what another supervisor runs too: start a #1 supervised by=42; complete a #1 running; boot #b a
-    => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42): stop it, or boot with --resume
-what runs on is not reset: start a #1 supervised by=42; complete a #1 running; reset a
-    => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42) and cannot be reset; stop it first
+what another supervisor runs too, and it is not reset: start a #1 supervised by=42; complete a #1 running; boot #b a;
+    reset a => #1 ok, !Refused, !Refused | a:completed | says unit "a" still runs (pid 42) and cannot be reset;
+    stop it first
 # stop
 what runs is told to end, and has failed, whatever its command says:
     start a #1 supervised; stop #s a within=8; complete a #1; start b #2 a
@@ -696,13 +860,9 @@ def test_requirement(rules: Rules, how: str, requires: str, status: str, verdict
 
 
 @pytest.mark.parametrize("length", [1, 2, 50])
-@pytest.mark.parametrize("order", ["first-edge-first", "last-edge-first", "shuffled"])
-def test_a_cycle_is_named_whole(units: Units, length: int, order: str) -> None:
+def test_a_cycle_is_named_whole_and_known_until_the_next_want(units: Units, length: int) -> None:
     names = [f"n{i}" for i in range(length)]
-    edges = list(zip(names, names[1:]))[:: -1 if order == "last-edge-first" else 1]
-    if order == "shuffled":
-        random.Random(length).shuffle(edges)
-    for unit, dependency in edges:
+    for unit, dependency in random.Random(1).sample(list(zip(names, names[1:])), length - 1):
         units.want(unit, [dependency, f"aside-of-{unit}"])
     before = statuses(units)
     with pytest.raises(CycleError) as caught:
@@ -710,8 +870,8 @@ def test_a_cycle_is_named_whole(units: Units, length: int, order: str) -> None:
     assert caught.value.data == [names[-1], *names]  # closed by the new edge, its first name repeated last
     assert str(caught.value).partition(";")[0] == "cycle detected: " + " -> ".join(caught.value.data)
     assert statuses(units) == before
-    graph = {node.unit_name: node.refusal for node in units.graph().nodes}
-    assert "cycle detected" in graph[names[-1]] == units.status(names[-1]).refusal
+    refusal = {node.unit_name: node.refusal for node in units.graph().nodes}[names[-1]]
+    assert "cycle detected" in refusal == units.status(names[-1]).refusal
     units.want(names[-1], [])
     assert units.status(names[-1]).refusal == ""
 
@@ -750,8 +910,8 @@ def test_the_order_of_declaration_is_kept_and_a_name_counts_once(units: Units) -
 
 
 GOOD_NAMES = [
-    *("x", 'coder_script.startup_unit["health-check"]', "<module>.git-clone", "Clone repository"),
-    *("clone-\u00fc-\u65e5\u672c\u8a9e-\U0001f680", "x" * 255, "\u00fc" * 127),
+    *("x", 'coder_script.startup_unit["health-check"]', "<module>.git-clone", "Clone repository", "a\\b", "--help"),
+    *(" ", "%s%n{0}", "[[[{{{" * 20, "clone-\u00fc-\u65e5\u672c\u8a9e-\U0001f680", "x" * 255, "\u00fc" * 127),
 ]
 BAD_NAMES = ["", "a\nb", "tab\t", "nul\0", "\x1b[31m", "\x7f", "\u202e", "a\u200bb", "\ud800", "\u2028"]
 BAD_NAMES += ["x" * 256, "\u00fc" * 128]
@@ -763,21 +923,21 @@ def test_a_printable_name_of_up_to_255_bytes_is_taken(units: Units) -> None:
     assert [units.status(name).status for name in GOOD_NAMES] == ["pending"] * len(GOOD_NAMES)
 
 
-@pytest.mark.parametrize("name", BAD_NAMES, ids=[*map(str, range(len(BAD_NAMES)))])
-def test_another_name_is_refused_in_one_printable_line(units: Units, name: str) -> None:
-    calls: list[Callable[[], Any]] = [
-        *(lambda: units.want(name, []), lambda: units.want("good", [name]), lambda: units.status(name)),
-        *(lambda: units.start((name, {}, []), "t"), lambda: units.start(("good", {}, [name]), "t")),
-        *(lambda: units.wait(["good", name], "w"), lambda: units.end(name, Outcome("completed"))),
-        *(lambda: units.reset([name]), lambda: units.boot([("good", {}, []), (name, {}, [])], "b", None, 0, False)),
+def test_another_name_is_refused_in_one_printable_line(rules: Rules, units: Units) -> None:
+    calls: list[Callable[[Any], Any]] = [
+        *(lambda name: units.want(name, []), lambda name: units.want("good", [name]), units.status),
+        *(lambda name: units.start((name, {}, []), "t"), lambda name: units.start(("good", {}, [name]), "t")),
+        *(lambda name: units.wait(["good", name], "w"), lambda name: units.end(name, Outcome("completed"))),
+        *(lambda name: units.reset([name]),),
+        lambda name: units.boot([("good", {}, []), (name, {}, [])], "b", None, 0, False),
     ]
-    for call in calls:
+    for call, name in itertools.product(calls, BAD_NAMES):
         with pytest.raises(Refused) as caught:
-            call()
+            call(name)
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 200
-    assert (statuses(units), units.take_answers()) == ({}, [])
-    assert all(node.unit_name == "good" and node.refusal.isprintable() for node in units.graph().nodes)
+    assert (statuses(units), rules.answers()) == ({}, [])
+    assert all(node.refusal.isprintable() for node in units.graph().nodes)
     with pytest.raises(InvalidParams, match="must be a string, not int"):
         units.want("a", [5])  # type: ignore[list-item]
 
@@ -803,12 +963,6 @@ def test_a_number_is_bounded(
     assert "limit" in str(rules.errors["!"]) or "too many" in str(rules.errors["!"])
 
 
-def test_a_lock_is_remembered_while_a_unit_has_it_or_waits_for_it(rules: Rules) -> None:
-    rules.play("start a #2 lock=old; complete a; boot #b u@k v@l w@k x:w@m; complete v")
-    assert rules.told == ["#2 ok", "#b u started", "#b v started", "#b v completed"]  # k is one lock
-    assert [*rules.units.locks] == ["k"]
-
-
 def test_a_hundred_scripts_whose_start_was_refused_are_remembered(rules: Rules) -> None:
     rules.play("start a #0 late;" + ";".join(f"start a #{pid} by={pid}" for pid in range(1, 121)) + "; delivered #0")
     assert [owner.pid for owner in rules.units.units["a"].refused] == [*range(21, 121)]
@@ -825,10 +979,9 @@ def test_the_oldest_events_are_forgotten(units: Units, monkeypatch: pytest.Monke
     assert [e.seq for e in units.status("u4").history] == [9]
 
 
-@pytest.mark.parametrize("reason", ["exit code 1", "x" * 500, "lost: " + "y: " * 98, ""], ids=lambda r: f"{len(r)}")
-@pytest.mark.parametrize("name", ["u{}", "{}" + "n" * 245], ids=["short-name", "long-name"])
-def test_a_long_chain_of_skips_is_bounded_and_still_knows_what_failed(units: Units, reason: str, name: str) -> None:
-    names = chain(units, 500, name=name)
+@pytest.mark.parametrize("reason", ["exit code 1", "x" * 500, ""], ids=lambda r: f"{len(r)}")
+def test_a_long_chain_of_skips_is_bounded_and_still_knows_what_failed(units: Units, reason: str) -> None:
+    names = chain(units, 100, name="{}" + "n" * 245)
     units.end(names[0], Outcome("failed", reason))
     reasons = [units.status(n).reason for n in names]
     assert max(map(len, reasons)) <= 2 * coder_sync.MAX_REASON + 100
@@ -863,18 +1016,14 @@ so is who comes first:
     start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l by=43; sleep 1; lacks c; show c waits_for blocked_by
     => lock l/free/taken/False/lock/1/b is before it in line/-/lock k, which a has;
     c: waits_for lock l, which b is to have first, blocked_by l by b
-also of who is first now: start a #1 b lock=k; start a #2 lock=l; lose #1; want b; complete b; show a locks
-    => a: locks l
 the places of a boot are no locks by name:
     boot #b a b@k c:b@l jobs=1; show b locks blocked_by waits_for; show c locks blocked_by waits_for; sleep 1;
     complete a; show b waiting ready started released_by
     => b: locks k, blocked_by -, waits_for one of 1 places to run, which a has; c: locks l, blocked_by -, waits_for b;
     b: waiting 0, ready 0, started 1, released_by a
 a dependency that need not succeed is met by a failure:
-    start b #1 a!completion good!completion; want good; complete good; want a; fail a oops; sleep 2.5;
-    show b status dependencies
+    start b #1 a!completion; want a; fail a oops; sleep 2.5; show b status dependencies
     => b: status started, dependencies a/ended/failed/True/completion/2.5/oops/-/-
-    and good/ended/completed/True/completion/2.5/-/-/-
 times say when a unit did what, and who let it go last:
     sleep 1; start b #1 z a; sleep 1; want a; complete a; sleep 1; want z; complete z; sleep 1; complete b;
     sleep 1; start c #2 x; sleep 0.1234567; show b registered waiting ready started ended status released_by wants age;
@@ -894,8 +1043,7 @@ a re-run begins anew:
     => a: status started, registered 2, waiting 2, started 3, ended -, reason -, exit_code -, age 0, released_by b;
     a: status pending, registered 3, waiting -, started -, ended -, owner -, released_by -
 a boot lasts from its claim on, also with units that are known for long:
-    want b a; sleep 100; boot #b a b:a; show a registered; show b registered waiting
-    => a: registered 100; b: registered 100, waiting 100
+    want a; sleep 100; boot #b a; show a registered waiting => a: registered 100, waiting 100
 of a start whose answer found nobody no time is left:
     start c #1 late; sleep 1; lose #1; show c reason; start c #2 d; show c ready waiting
     => c: reason the client that asked for its start was gone; c: ready -, waiting 1
@@ -1000,15 +1148,14 @@ def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> 
     assert units.environment("b") == {"ONE": "a", "TWO": "a"}
     with pytest.raises(NotRegistered):
         units.environment("ghost")
-    claims = [units.start(("g", {"b": "success"}, []), "#g"), units.wait(["a"], "#w")]
-    claims += units.boot([("f", {"b": "success"}, [])], "#f", None, 0, False)
+    units.start(("g", {"b": "success"}, []), "#g")
+    units.boot([("f", {"b": "success"}, [])], "#f", None, 0, False)
     units.end("f", Outcome("failed", "oops"))
     env = {"ONE": "a", "TWO": "b"}
-    assert units.take_answers() == [
-        (claims[0], {"dependencies": ["b"], "env": env}),
-        (claims[1], {}),
-        (claims[2], {"unit": "f", "status": "started", "reason": "", "env": env}),
-        (claims[2], {"unit": "f", "status": "failed", "reason": "oops", "env": {}}),
+    assert [answer for _, answer in rules.answers()] == [
+        {"dependencies": ["b"], "env": env},
+        {"unit": "f", "status": "started", "reason": "", "env": env},
+        {"unit": "f", "status": "failed", "reason": "oops", "env": {}},
     ]
     assert units.environment("d") == {**env, "X": "x"}
     rules.play("reset b; start b #1")
@@ -1548,7 +1695,7 @@ MESSAGES: list[dict[str, Any]] = [
     {"id": "a", "result": [None, True, False, 0, -1, 2**31, 1.5, 1e-9, "", [], {}]},
     {"method": 'Clone "repository" \\ / \u00fc \u65e5\u672c \U0001f680 \x00 \x1f \u2028 \n'},
     {"params": {"units": ["x" * 255] * 200}},
-    *({"unit": text} for text in ("[" * 1000, "{" * 1000, '"[{' * 300, '\\"[' * 300, "\\" * 301 + "[" * 99, "[\\")),
+    *({"unit": text} for text in ("[" * 1000, "{" * 1000, '\\"[' * 300, "\\" * 301 + "[" * 99)),
 ]
 LINES = [coder_sync.encode(message) for message in MESSAGES]
 
@@ -1575,11 +1722,9 @@ def test_what_is_encoded_is_decoded_and_both_codecs_write_the_same(codec: str) -
 
 
 GARBAGE = [
-    *(b"", b" \n", b"nope", b"GET / HTTP/1.1\r\n", b"\x00", b"\x80\x04K\x01.", b"\xff", b"'a'"),
-    *(b"{", b'{"a":1,}', b'{"a" 1}', b"{1:1}", b"]", b"}" * 100),
-    *(b'"\x01"', b'"abc', b'"abc\\', b'"\\x"', b'"\xc3"', b'"\xed\xa0\x80"', b'"' * 33),
-    *(b'{"a":1} x', b'{"a":1}{"b":2}', b"1 2"),
-    *(b"01", b"NaN", b'{"a": NaN}', b"Infinity", b"[-Infinity]"),
+    *(b"", b" \n", b"nope", b"GET / HTTP/1.1\r\n", b"\x00", b"\xff", b"{", b'{"a":1,}', b"{1:1}", b"}" * 100),
+    *(b'"\x01"', b'"abc', b'"abc\\', b'"\\x"', b'"\xed\xa0\x80"', b'{"a":1}{"b":2}', b"1 2", b"01", b'{"a": NaN}'),
+    *(b"[-Infinity]", b'{"id":' + b"9" * 5000),
 ]
 
 
@@ -1595,16 +1740,15 @@ def test_garbage_is_refused_where_nobody_has_imported_json() -> None:
 print("json" in sys.modules)  # the scanner of 3.8 imports it for an error
 for line in {GARBAGE!r}:
     try: print("accepted", line, coder_sync.decode(line))
-    except coder_sync.ParseError: pass
-print(coder_sync.decode(b"[1]"))"""
-    assert subprocess.check_output([*PYTHON, program]) == b"False\n[1]\n"
+    except coder_sync.ParseError: pass"""
+    assert subprocess.check_output([*PYTHON, program]) == b"False\n"
 
 
 def test_32_levels_are_read_and_33_are_not(codec: str) -> None:
     assert coder_sync.decode(b"[" * 32 + b"]" * 32)
     assert coder_sync.decode(b'{"a":' * 32 + b"1" + b"}" * 32)
     assert coder_sync.decode(b"[" + b"[]," * 1000 + b"{}]") == [[]] * 1000 + [{}]  # side by side they do not nest
-    for line in (b"[" * 33 + b"]" * 33, b'{"a":' * 33 + b"1" + b"}" * 33, b"[" * 100_000, b'[{"a":' * 30_000):
+    for line in (b"[" * 33 + b"]" * 33, b'{"a":' * 33 + b"1" + b"}" * 33, b'[{"a":' * 30_000):
         with pytest.raises(ParseError, match="deeper than 32 levels"):
             coder_sync.decode(line)
 
@@ -1673,25 +1817,16 @@ def test_what_is_wrong_in_an_answer_is_said_in_one_line_and_the_rest_can_be_show
     assert said == {"are agent and client of one version?"}
 
 
-def test_what_has_not_been_is_none_and_null(agent: World) -> None:
-    agent.client.want("a", "b")
-    a = agent.client.status("a")
-    assert (a.waiting, a.ready, a.started, a.ended, a.exited) == (None,) * 5
-    assert [row.registered for row in agent.client.list(everything=True)] == [a.registered, None]
-    assert json.loads(agent.ok("status", "a", "-o", "json"))["started"] is None
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Times and words on the command line and in what it prints.
 # ---------------------------------------------------------------------------------------------------------
 
-DURATIONS = """0=0 30=30 2.5=2.5 30s=30 10m=600 1h30m=5400 1h1m1s1ms=3661.001 500ms=0.5 1.5h=5400 .5s=0.5 5.s=5
-    250us=0.00025 250\u00b5s=0.00025 250\u03bcs=0.00025 100ns=1e-7 1m1m=120 0s=0 999999999=999999999"""  # both mus
-NO_DURATIONS = ["", " ", "s", "m5", ".", ".s", "-5", "-5s", "+5", "5 s", " 5s", "5s ", "5s\n", "1m30", "30m5", "1.2.3s"]
-NO_DURATIONS += ["1e3", "5x", "5sm", "5S", "1d", "inf", "nan", "infinity", "1_000", "0x10", "\u0665s", "\u00b2", "\0"]
-NO_DURATIONS += ["1000000000", "9" * 400]
-SPANS = """0=0ms 0.0004=0ms 0.35=350ms 0.9994=999ms 0.9996=1.0s 2.14=2.1s 9.94=9.9s 9.96=10s 31.2=31s 59.4=59s
-    59.6=1m00s 252=4m12s 3599.4=59m59s 3599.6=1h00m 3725=1h02m 90000=25h00m"""
+DURATIONS = """0=0 30=30 2.5=2.5 30s=30 1h30m=5400 1h1m1s1ms=3661.001 1.5h=5400 .5s=0.5 5.s=5 250us=0.00025
+    250\u00b5s=0.00025 250\u03bcs=0.00025 100ns=1e-7 1m1m=120 999999999=999999999"""  # both mus
+NO_DURATIONS = ["", " ", "s", "m5", ".", ".s", "-5", "+5", "5 s", " 5s", "5s\n", "1m30", "1.2.3s", "1e3", "5sm", "5S"]
+NO_DURATIONS += ["1d", "inf", "nan", "1_000", "0x10", "\u0665s", "\u00b2", "\0", "1000000000", "9" * 400]
+SPANS = """0=0ms 0.0004=0ms 0.9994=999ms 0.9996=1.0s 9.94=9.9s 9.96=10s 59.4=59s 59.6=1m00s 3599.4=59m59s
+    3599.6=1h00m 3725=1h02m 90000=25h00m"""
 
 
 def test_durations_of_go_and_bare_seconds_are_read_and_a_span_reads_well() -> None:
@@ -1709,23 +1844,16 @@ def test_what_is_no_duration_is_refused_in_one_printable_line() -> None:
 
 
 STATES: list[tuple[str, dict[str, Any], str]] = [
-    ("not registered", {}, "a not registered"),
     ("not registered", {"did_you_mean": "aa"}, 'a not registered, did you mean "aa"?'),
     ("pending", {"age": 12}, "a pending for 12s, not started yet"),
     ("pending", {"waits_for": ["x", "y"]}, "a pending for 0ms, waits for x, y"),
     ("started", {"age": 31}, "a started 31s ago"),
-    ("started", {"age": 31, "owner": OWNER}, "a started 31s ago by bash setup.sh (pid 4242)"),
     ("started", {"owner": Owner(7, "")}, "a started 0ms ago by process (pid 7)"),
     ("started", {"owner": GONE}, "a started 0ms ago by sh (pid 7), which is no longer running"),
     ("completed", {"age": 2, "owner": OWNER}, "a completed 2.0s ago"),
     ("taken", {"requirement": "lock", "owner": OWNER, "reason": "b has it"}, "a taken 0ms ago (b has it)"),
-    (
-        "taken",
-        {"requirement": "lock", "owner": GONE, "reason": "b has it"},
-        "a taken 0ms ago (b has it), whose process is no longer running",
-    ),
+    ("taken", {"requirement": "lock", "owner": GONE}, "a taken 0ms ago, whose process is no longer running"),
     ("failed", {"age": 2, "reason": "exit code 7"}, "a failed 2.0s ago (exit code 7)"),
-    ("skipped", {"reason": 'dependency "b" failed'}, 'a skipped 0ms ago (dependency "b" failed)'),
 ]
 
 
@@ -1742,21 +1870,13 @@ def test_a_wait_may_be_longer_than_the_system_counts(monkeypatch: pytest.MonkeyP
         assert (channel.receive(9e8), channel.receive(0.01)) == ({"jsonrpc": "2.0"}, None)
 
 
-def test_an_error_about_the_whole_connection_is_the_answer_to_a_request() -> None:
-    ours, theirs = socket.socketpair()
-    theirs.sendall(coder_sync.encode(coder_sync.error_message(None, Unreachable("no room"))))
-    with coder_sync.Channel("x", sock=ours) as channel, theirs, pytest.raises(Unreachable, match="no room"):
-        channel.call("ping")
-
-
 def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync; coder_sync.put('x' * 200_000)"
-    world.spawn([sys.executable, "-S", "-c", code], stdout=write)
+    world.spawn(altered("coder_sync.put('x' * 200_000)", "--version"), stdout=write)
     os.close(write)
     with open(read, "rb") as pipe:
-        assert len(pipe.read()) == 200_000
+        assert pipe.read().startswith(b"x" * 200_000)
 
 
 def test_what_has_become_of_a_service_stands_among_the_reasons() -> None:
@@ -1772,24 +1892,20 @@ def test_who_cannot_be_stopped_is_to_be_ended_or_if_gone_its_unit() -> None:
 
 
 def test_a_timeout_as_text_says_what_was_missing_and_what_may_have_been_meant() -> None:
-    rows = [
-        Dependency(*words, False) for words in (("b", "completed", "pending"), ("c", "completed", "not registered"))
-    ]
-    rows[1].did_you_mean = "cc"
+    missing = Dependency("c", "completed", "not registered", False, did_you_mean="cc")
     text = 'timeout waiting for a: b pending, c not registered (did you mean "cc"?)'
-    assert str(TimedOut("timeout waiting for a", rows)) == text
+    assert str(TimedOut("timeout waiting for a", [Dependency("b", "completed", "pending", False), missing])) == text
 
 
 def test_a_name_close_to_a_known_one_resembles_it() -> None:
     guesses = {"git-clon": "git-clone", "gitclone": "git-clone", "GIT": "", "db-2": "", "db_1": "db-1", "": ""}
     for name, guess in guesses.items():  # db-1 and db-2 are siblings, and no slips of the finger
         assert coder_sync.resembling(name, ["db-1", "git-clone", "pip", "db-22"]) == guess
-    assert coder_sync.resembling("git-clone", []) == ""
 
 
 NO_VALUES = {
-    "complete a --exit-code=": ["", "-", "1.5", "0x1", "x", "--1", "1-", "\u00b2", "1234567890", "9" * 5000],
-    "serve --mode=": ["", "66", "8", "888", "0o660", "rw-", "66666", "\u00b2\u00b2\u00b2"],
+    "complete a --exit-code=": ["", "-", "1.5", "0x1", "--1", "\u00b2", "1234567890", "9" * 5000],
+    "serve --mode=": ["", "66", "8", "0o660", "66666", "\u00b2\u00b2\u00b2"],
     "serve --group=": ["no-such-group-here", "\u00b2", "-1", str((1 << 32) - 1), "9" * 5000, "\udcff"],
 }
 
@@ -1873,13 +1989,11 @@ def test_the_help_of_a_command_has_all_that_it_takes_and_an_example_that_is_righ
         assert page.startswith(f"usage: {coder_sync.usage_of(about)}\n")
         assert about.help in page
         for argument in about.arguments:
-            assert argument.words["help"].replace("%%", "%") in text
             shown = (*argument.names, *argument.words.get("choices", ())) if argument.is_option else ()
-            assert all(word in text for word in shown)
+            assert all(word in text for word in (argument.words["help"].replace("%%", "%"), *shown))
             default = argument.words.get("default")
             assert not default or f"(default: {default})" in text
-        example = page[page.index("\nexample: coder_sync.py ") :].split("py ", 1)[1]
-        command, *words = shlex.split(re.split("[|>]", example)[0])
+        command, *words = shlex.split(re.split("[|>]", page.partition("\nexample: coder_sync.py ")[2])[0])
         assert command == name
         assert coder_sync.parse([name, *(word.replace("$?", "1") for word in words)])
     for line in ("start a -qh --nope", "help start", "exp sync start --help"):
@@ -1890,55 +2004,45 @@ def test_the_help_of_a_command_has_all_that_it_takes_and_an_example_that_is_righ
         assert "`coder_sync.py --version`" in out
 
 
-def first_words(page: str, title: str) -> set[str]:
+def first_words(table: str) -> set[str]:
     """The first word of each row of a table on a help page, without what follows it."""
-    table = page[page.index(title) :].partition("\n\n")[0]
-    return {re.split(r"[: ]", line)[0] for line in table.splitlines()[1:]}
+    return {re.split(r"[: ]", line)[0] for line in table.partition("\n\n")[0].splitlines()[1:]}
 
 
 def readme_words(title: str) -> set[str]:
     """The first words of the first column of a table of the README."""
-    table = (HERE / "README.md").read_text(encoding="utf-8").partition(f"\n| {title} |")[2].partition("\n\n")[0]
-    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
-    return {word.split()[0] for cell in cells for word in re.sub("[`]", "", cell).split(",")}
+    cells = [line.split("|")[1] for line in README.partition(f"\n| {title} |")[2].partition("\n\n")[0].splitlines()[2:]]
+    return {word.split()[0] for cell in cells for word in cell.replace("`", "").split(",")}
 
 
 def test_a_topic_of_the_help_and_the_readme_say_the_same(call: Call, world: World) -> None:
-    headers, probes = call.ok(world, "help", "headers"), call.ok(world, "help", "probes")
-    assert first_words(headers, "HEADER ") == {*coder_sync.HEADERS} == readme_words("header")
-    codes = {line.split()[0] for line in call.ok(world, "help", "exit-codes").splitlines()}
+    pages = {topic: call.ok(world, "help", topic) for topic in coder_sync.TOPICS}
+    assert first_words(pages["headers"].partition("HEADER ")[2]) == {*coder_sync.HEADERS} == readme_words("header")
+    codes = {line.split()[0] for line in pages["exit-codes"].splitlines()}
     assert codes == readme_words("exit code") >= {str(kind.exit_code) for kind in coder_sync.ERRORS.values()}
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    said = readme[readme.index("\nPROBE is `tcp:") :].partition("\n\n")[0]
-    kinds = first_words(probes, "PROBE ") - {"COMMAND"}
-    assert kinds == {"tcp", "unix", "http", "file", "notify"} == {*re.findall("`(tcp|unix|http|file|notify)\\b", said)}
-    for topic in coder_sync.TOPICS:
-        assert f"`{topic}`" in readme
-        assert max(map(len, call.ok(world, "help", topic).splitlines())) <= 120
+    said = README.partition("\nPROBE is `tcp:")[2].partition("\n\n")[0]
+    kinds = first_words(pages["probes"].partition("PROBE ")[2]) - {"COMMAND"}
+    assert kinds == {"tcp", *re.findall("`(unix|http|file|notify)\\b", said)}
+    assert all(re.search(rf"^  {name}\b", pages["protocol"], re.M) for name in coder_sync.METHODS)
+    assert all(f"  {code}  " in pages["protocol"] for code in coder_sync.ERRORS)
+    for topic, page in pages.items():
+        assert f"`{topic}`" in README and max(map(len, page.splitlines())) <= 120
     assert "help headers" in call.ok(world, "boot", "--help")
 
 
 def test_the_help_has_every_key_of_what_is_printed_as_json(call: Call, agent: World) -> None:
     agent.client.want("a", "b")
     agent.client.start("b")
-    page = call.ok(agent, "help", "json")
-    rows = [line.split(maxsplit=2) for line in page[page.index("KEY ") :].partition("\n\n")[0].splitlines()[1:]]
+    rows, *parts = re.split(r"\nKeys of .*:\n", call.ok(agent, "help", "json").partition("\nKEY ")[2])
     status = json.loads(call.ok(agent, "status", "a", "-o", "json"))
     listed = json.loads(call.ok(agent, "list", "-o", "json"))
     units = json.loads(call.ok(agent, "timeline", "-o", "json"))["units"]
     for mark, keys in (("s", status), ("l", listed[0]), ("t", units[0])):
-        assert [key for key, where, _ in rows if mark in where] == sorted(keys, key=[*status].index)
+        lines = [line.split() for line in rows.partition("\n\n")[0].splitlines()[1:]]
+        assert [line[0] for line in lines if mark in line[1]] == sorted(keys, key=[*status].index)
     event = json.loads(call.ok(agent, "events").splitlines()[0])
-    parts = re.split(r"\nKeys of .*:\n", page)[2:]
     for part, example in zip(parts, (status["dependencies"][0], listed[1]["owner"], event)):
         assert [line.split()[0] for line in part.splitlines() if line] == [*example]
-        assert all(len(line.split()) > 1 for line in part.splitlines() if line)
-
-
-def test_the_help_has_every_method_and_error_code_of_the_protocol(call: Call, world: World) -> None:
-    page = call.ok(world, "help", "protocol")
-    assert all(re.search(rf"^  {name}\b", page, re.M) for name in coder_sync.METHODS)
-    assert all(f"  {code}  " in page for code in coder_sync.ERRORS)
 
 
 UNITS_THERE = ["a:b", "a:c", "apt", "it's $(exit)", "my unit", "pip", "x:only"]
@@ -1955,11 +2059,9 @@ COMPLETIONS = {
     "start a --w": ["--want"],
     "list -o ": ["table", "json"],
     "list --output=j": ["--output=json"],
-    "want a b --requires ": ["success", "completion", "start"],
     "completion ": ["bash", "zsh"],
     "run pip --quiet -- a": [],
     "serve --log-file ": [],
-    "boot ": [],
     "ls ": [],
 }
 
@@ -1969,21 +2071,11 @@ def test_a_word_is_completed_to_what_may_stand_there(call: Call, agent: World) -
     for line, words in COMPLETIONS.items():
         found = call.ok(agent, "completion", "zsh", "--", *line.replace("PATH", agent.path).split(" "))
         assert found.splitlines() == words, line
-    assert coder_sync.bash_candidates("coder_sync.py completion ", "") == ["bash", "zsh"]
     assert coder_sync.bash_candidates("coder_sync.py completion 'ba", "'ba") == []  # a quote is open
     stop(agent.processes[0])
     began = time.monotonic()
     assert call.ok(agent, "completion", "zsh", "--", "start", "") == ""
-    assert 0.9 < time.monotonic() - began < 5  # seconds; it does not hold completion up for longer
-
-
-ZSH = """
-source <($TOOL completion zsh)  # before compinit it does nothing
-autoload -U compinit && compinit -u -D && source <($TOOL completion zsh)
-compadd() { print -l -- ${(P)2} }
-_files() { print -l -- ${words[CURRENT]}*(N) }
-words=("$@") CURRENT=$# && $_comps[coder_sync.py]
-"""
+    assert time.monotonic() - began < 5  # seconds; it does not hold completion up for longer
 
 
 @pytest.fixture
@@ -1994,6 +2086,15 @@ def tool_there(agent: World) -> str:
     path = str(agent.directory / "bin" / "coder_sync.py")
     os.rename(agent.directory / "bin" / "coder", path)
     return path
+
+
+ZSH = """
+source <($TOOL completion zsh)  # before compinit it does nothing
+autoload -U compinit && compinit -u -D && source <($TOOL completion zsh)
+compadd() { print -l -- ${(P)2} }
+_files() { print -l -- ${words[CURRENT]}*(N) }
+words=("$@") CURRENT=$# && $_comps[coder_sync.py]
+"""
 
 
 @pytest.mark.skipif(not shutil.which("zsh"), reason="there is no zsh")
@@ -2014,11 +2115,9 @@ TYPED = {  # before the Tab, and after
     "star": "start ",
     "start x:": "start x:only ",
     "start a:b": "start a:b ",
-    "start my": "start my\\ unit ",
     "start my\\ u": "start my\\ unit ",
     "start it": "start it\\'s\\ \\$\\(exit\\) ",
     "list --output=j": "list --output=json ",
-    "exp sync want pip ap": "exp sync want pip apt ",
     "boot /dev/nul": "boot /dev/null ",
 }
 
@@ -2094,69 +2193,39 @@ def talk(path: str, seed: int) -> list[list[Any]]:
     return log
 
 
-class Replay:
-    """What the agent says happened, checked step by step against the rules of the Model."""
-
-    def __init__(self, events: list[coder_sync.Event]) -> None:
-        self.model = Model()
-        self.waiting = dict.fromkeys([*CROWD, "never"], 0)  # unit -> how many of its starts wait
-        for number, event in enumerate(events):
-            assert event.seq == number + 1
-            try:
-                self.step(event)
-            except AssertionError as error:
-                before = "\n".join(map(str, events[max(0, number - 30) : number + 1]))
-                raise AssertionError(f"{error}\n{before}") from error
-
-    def step(self, event: coder_sync.Event) -> None:
-        model, unit, status = self.model, event.unit, self.model.status(event.unit)
-        needs = model.needs(unit)
-        unmet = model.unmet(needs)
-        own = [unit] if status == "started" else []  # the answer to its start is on its way
-        missing = ", ".join([*unmet, *own][:5])
-        if event.kind in ("completed", "failed", "gave up"):  # all that follows from earlier requests has happened
-            for name, stands in model.statuses.items():
-                assert not (stands == "pending" and model.hopeless(model.needs(name))), f"{name} should be skipped"
-                assert not self.waiting[name] or model.unmet(model.needs(name)), f"{name} should have started"
-        if event.kind == "wants":
-            dependency, _, rest = event.detail.partition(" (")
-            assert status != "not registered"
+def replayed(events: list[coder_sync.Event]) -> Model:
+    """What the agent says happened, step by step, each of which the rules must allow."""
+    model = Model()
+    for number, event in enumerate(events, 1):
+        assert event.seq == number
+        unit, kind, status = event.unit, event.kind, model.status(event.unit)
+        if kind == "wants":
+            dependency, _, requires = event.detail.partition(" (")
             assert not model.reaches(dependency, unit)
-            assert (unit, dependency) not in model.edges
-            model.edges[unit, dependency] = rest.rstrip(")") or "success"
-        elif event.kind == "waiting":
-            assert status in ("pending", "started")
-            assert event.detail == missing != ""
-            self.waiting[unit] += status == "pending"
-        elif event.kind == "gave up":
-            assert missing == event.detail.partition("still missing: ")[2].replace(" (not registered)", "")
-            self.waiting[unit] -= bool(self.waiting[unit])
-        else:
-            assert status in MAY_FOLLOW[event.kind]
-            assert not (event.kind == "started" and unmet)
-            assert event.kind != "skipped" or model.hopeless(needs)
-            model.statuses[unit] = event.kind.replace("registered", "pending")
-            self.waiting[unit] = 0
+            model.edges[unit, dependency] = requires.rstrip(")") or "success"
+        elif kind in MAY_FOLLOW:
+            assert status in MAY_FOLLOW[kind], event
+            assert kind != "started" or not model.unmet(model.needs(unit)), event
+            assert kind != "skipped" or model.hopeless(model.needs(unit)), event
+            model.statuses[unit] = kind.replace("registered", "pending")
+    return model
 
 
 def test_many_clients_at_once_see_one_order_of_events(world: World) -> None:
     answering(world, altered(RESTLESS, "serve", "--quiet"), stderr=subprocess.DEVNULL)
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         log = [row for rows in pool.map(talk, [world.path] * 6, range(6)) for row in rows]
-    peer = world.connect()
-    peer.request("start", unit="never", dependencies=["ever"])
-    world.waiting("never")
-    peer.close()
-
-    def everybody_left() -> Replay | None:
-        replay = Replay(list(world.client.events()))
-        return None if any(replay.waiting.values()) else replay
-
-    replay = until(everybody_left, "the waits of those who hung up forgotten")
     codes = {row[-1] for row in log}
     assert {"ok", "unknown", -32001, -32002, -32006} <= codes <= {"ok", "unknown", -32006, *range(-32004, -31999)}
-    assert {s.unit_name: s.status for s in world.client.list()} == replay.model.statuses
-    events = list(world.client.events())
+
+    def settled() -> list[coder_sync.Event]:
+        events, units = list(world.client.events()), world.client.list()
+        agree = {unit.unit_name: unit.status for unit in units} == replayed(events).statuses
+        return events if agree and not any(unit.is_waiting for unit in units) else []
+
+    events = until(settled, "those who hung up forgotten, and every unit where the events say")
+    model = replayed(events)
+    assert not [name for name, s in model.statuses.items() if s == "pending" and model.hopeless(model.needs(name))]
     assert sum(event.kind == "started" for event in events) > 50
     for unit in CROWD:
         mine = [row for row in log if row[1] == unit]
@@ -2183,239 +2252,21 @@ def check_starts(events: list[float], answered: list[tuple[float, float]], unkno
 
 
 # ---------------------------------------------------------------------------------------------------------
-# More helpers: lines from pipes, an agent with other constants, strangers, and a bystander.
-# ---------------------------------------------------------------------------------------------------------
-
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
-COUNT = itertools.count()
-EACH = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection in the agent
-CATCH = """
-import os, signal
-numbers = [getattr(signal, "SIG" + name) for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2")]
-signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # handlers and pause() would race
-os.write(1, b"ready\\n")
-while True:
-    number = signal.sigwait(numbers)
-    os.write(1, b"got %d\\n" % number)
-    if number == signal.SIGTERM:
-        os._exit(9)
-"""
-SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM]
-for number in SIGNALS:  # in the background of a shell, or under nohup(1), what is tested would ignore some of them
-    if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, signal.SIG_DFL)
-
-
-def shown_on(master: int, text: bytes, seen: bytes = b"") -> bytes:
-    """What was seen of a terminal before and what is shown now, up to the moment when a text is in it."""
-    while text not in seen:
-        assert select.select([master], [], [], PATIENCE)[0], f"{text!r} never came after {seen!r}"
-        seen += os.read(master, 4096)
-    return seen
-
-
-def line_of(pipe: Any) -> str:
-    """The next line from a process, without reading ahead, so a short one."""
-    data = b""
-    while not data.endswith(b"\n"):
-        assert select.select([pipe], [], [], PATIENCE)[0], f"nothing more after {data!r}"
-        byte = os.read(pipe.fileno(), 1)
-        if not byte:
-            break
-        data += byte
-        assert len(data) < 10_000, "this takes long; read it otherwise"
-    return data.decode()
-
-
-def stopped(agent: subprocess.Popen[str], number: int = signal.SIGTERM) -> subprocess.CompletedProcess[str]:
-    """Send a signal and wait for the end."""
-    agent.send_signal(number)
-    return finish(agent)
-
-
-def altered(changes: str, *argv: str) -> list[str]:
-    """A command line of coder_sync with some of the module's names set to other values."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync\n{changes}\ncoder_sync.main(sys.argv[1:])"
-    return [*PYTHON, code, *argv]
-
-
-def limited(limit: str, *argv: str) -> list[str]:
-    """A command line of coder_sync under an option of ulimit."""
-    return ["sh", "-c", f'ulimit {limit}; exec "$@"', "-", *program(), *argv]
-
-
-def answering(world: World, argv: list[str], **options: Any) -> subprocess.Popen[str]:
-    """Start an agent with this command line; return once it answers."""
-    agent = world.spawn(argv, **options)
-    world.client.ping(wait=PATIENCE)
-    return agent
-
-
-def stranger(*argv: str, uid: int = 65534, changes: str = "") -> list[str]:
-    """A command line of coder_sync as another user, if we can be one. What it may import it imports before."""
-    modules = (
-        "contextlib, difflib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
-    )
-    modules += ", tempfile, threading, logging.handlers"
-    become = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid({uid})\n"
-    return altered(become + changes, *argv)
-
-
-def served(world: World) -> None:
-    """Assert that another client is served as if nothing had happened."""
-    unit = f"bystander-{next(COUNT)}"
-    assert world.client.start(unit, timeout=PATIENCE).dependencies == []
-    world.client.complete(unit)
-    assert world.status(unit) == "completed"
-
-
-def use_up(world: World, pid: int) -> list[Peer]:
-    """Leave an agent no descriptors; return the connections that have them."""
-    descriptors = f"/proc/{pid}/fd"
-
-    def at_rest() -> list[str]:
-        found = os.listdir(descriptors)
-        time.sleep(0.05)
-        return found if found == os.listdir(descriptors) else []
-
-    found = until(at_rest, "no connection that begins or ends")
-    limit = max(map(int, found)) + 4
-    limit += (len(found) - limit) % EACH  # none is left over
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, limit))
-    peers = [world.connect() for _ in range(30)]
-    until(
-        lambda: len(os.listdir(descriptors)) >= limit - 2, "descriptors used up, but for less than a connection takes"
-    )
-    left = len(os.listdir(descriptors))
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (left, left))
-    return peers
-
-
-def free(world: World, pid: int, peers: list[Peer]) -> None:
-    """Close connections, and return once the agent has closed them too."""
-    for peer in peers:
-        peer.close()
-    until(lambda: serves(world))
-    until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] - 2)
-
-
-def memory_of(pid: int) -> int:
-    """The most memory that a process has had, in KiB."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])  # type: ignore[index]
-
-
-def kinds_of(world: World, unit: str) -> list[str]:
-    """What happened to a unit, in order."""
-    return [e.kind for e in world.client.events() if e.unit == unit]
-
-
-def happened(world: World, unit: str, kind: str) -> None:
-    """Return once this happened to a unit."""
-    until(lambda: kind in kinds_of(world, unit), f"{unit}: {kind}")
-
-
-def alive(pid: int) -> bool:
-    return bool(coder_sync.birth(pid))
-
-
-def process_state(pid: int) -> str:
-    """The letter of ps(1): S sleeps, T is stopped, Z is a zombie."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def at_rest(pid: int) -> None:
-    """Return once a process uses no processor, where that can be seen."""
-
-    def used() -> list[str]:
-        stat = Path(f"/proc/{pid}/stat")
-        return stat.read_text().rpartition(")")[2].split()[11:13] if Path("/proc/self/stat").exists() else []
-
-    until(lambda: used() == (time.sleep(0.4), used())[1], "nothing to do")
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    """Stop a process, and return once it does nothing any more."""
-    process.send_signal(signal.SIGSTOP)
-    until(lambda: process_state(process.pid) == "T", "stopped")
-
-
-def serves(world: World, pid: int = 0) -> bool:
-    """Whether an agent answers, and is the one that is meant."""
-    with contextlib.suppress(coder_sync.Unreachable):
-        found = world.client.ping()["pid"]
-        return bool(found == (pid or found))
-    return False
-
-
-class Ended(BaseException):
-    """What posix._exit raises in `Call`."""
-
-
-class Call:
-    """A call of the command line inside this process: for what it says and how it ends, at no interpreter's start."""
-
-    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capfd, self.monkeypatch = capfd, monkeypatch
-        self.main: Callable[[], Any] = coder_sync.main
-
-    def __call__(self, world: World, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        def end(code: int) -> None:
-            raise Ended(code)
-
-        with self.monkeypatch.context() as patch:
-            patch.setattr(coder_sync.posix, "_exit", end)
-            patch.setattr(sys, "argv", [str(FILE), *words])
-            for name, value in {"CODER_AGENT_SOCKET_PATH": world.path, **env}.items():
-                patch.setenv(name, value)
-            self.capfd.readouterr()
-            with pytest.raises(Ended) as caught:
-                self.main()
-            out, err = self.capfd.readouterr()
-        return subprocess.CompletedProcess(words, caught.value.args[0], out, err)
-
-    def ok(self, world: World, *words: str, **env: str) -> str:
-        """A call that must succeed; return what it printed."""
-        done = self(world, *words, **env)
-        assert done.returncode == 0, done
-        return str(done.stdout)
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    return Call(capfd, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """An agent that many badly behaved clients share."""
-    with World(tmp_path_factory.mktemp("shared")) as world:
-        world.serve()
-        yield world
-
-
-# ---------------------------------------------------------------------------------------------------------
 # Bad input: a clear error for the one who caused it, and nothing changes for anyone else.
 # ---------------------------------------------------------------------------------------------------------
 
 PING = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
 ODD_LINES = {  # after these nothing that follows can be trusted
     "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    "binary": bytes(range(14, 256)) + b"\n",
     "not utf-8": b'{"jsonrpc":"2.0","id":1,"method":"p\xffng"}\n',
-    "two values": PING + b" {}\n",
-    "not a number": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}\n',
-    "deep list": b"[" * 50_000 + b"\n",
-    "deep objects": b'{"a":' * 10_000 + b"\n",
-    "deep and closed": b"[" * 30_000 + b"]" * 30_000 + b"\n",
+    "deep": b'{"a":' * 10_000 + b"\n",
     "deep parameter": PING[:-1] + b',"params":' + b"[" * 40 + b"]" * 40 + b"}\n",
-    "huge number": b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"list","params":{}\n',
     "a byte too many": PING.ljust(coder_sync.MAX_LINE + 1) + b"\n",
-    "10 MB": b"x" * 10_000_000 + b"\n",
     "10 MB and no end": b"x" * 10_000_000,
 }
 
 
-def test_garbage_is_answered_with_an_error_and_hung_up_on_also_on_a_small_stack(world: World) -> None:
+def test_garbage_is_refused_and_hung_up_on_also_on_a_small_stack(world: World) -> None:
     agent = answering(world, limited("-s 256", "serve", "-q"))
     for kind, line in ODD_LINES.items():
         peer = world.connect()
@@ -2426,7 +2277,6 @@ def test_garbage_is_answered_with_an_error_and_hung_up_on_also_on_a_small_stack(
         assert ("65536 bytes" in answer["error"]["message"]) == (len(line) > coder_sync.MAX_LINE + 1), kind
         assert len(line) >= 10_000_000 or peer.read() is None, kind
         served(world)
-    assert "result" in world.connect().call("want", unit="a", dependencies=["[{" * 100])
     assert stopped(agent).returncode == 0
     with impostor(world, b"[" * 60_000 + b"\n"):
         done = finish(world.spawn(limited("-s 256", "ping")))
@@ -2434,14 +2284,13 @@ def test_garbage_is_answered_with_an_error_and_hung_up_on_also_on_a_small_stack(
 
 
 NO_REQUESTS = [
-    *(b"1", b'"ping"', b"null", b"[]", b"[%s]" % PING, b"{}"),
-    *(PING.replace(b"2.0", b"1.0"), b'{"id":1,"method":"ping"}'),
+    *(b"1", b'"ping"', b"null", b"[%s]" % PING, b"{}", PING.replace(b"2.0", b"1.0"), b'{"id":1,"method":"ping"}'),
     *(b'{"jsonrpc":"2.0","id":1%s}' % method for method in (b"", b',"method":7', b',"method":["ping"]')),
-    *(PING.replace(b"1", name) for name in (b"null", b"true", b"1.5", b"[]", b"{}")),
+    *(PING.replace(b"1", name) for name in (b"null", b"true", b"1.5", b"[]")),
     b'{"jsonrpc":"2.0","method":"start","params":{"unit":"never"}}',
     b'{"jsonrpc":"2.0","method":"wait","params":{"units":["never"]}}',
 ]
-NO_METHODS = ["", "Ping", "kill", "_stop", "__init__", "x" * 1000, "a\nb"]
+NO_METHODS = ["", "Ping", "_stop", "__init__", "x" * 1000, "a\nb"]
 
 
 def test_json_that_is_no_request_is_refused_and_the_connection_goes_on(shared: World) -> None:
@@ -2454,48 +2303,43 @@ def test_json_that_is_no_request_is_refused_and_the_connection_goes_on(shared: W
         assert error["message"].startswith("no such method: ") == (line in unknown)
         assert error["message"].isprintable()
         assert peer.call("ping", "again")["id"] == "again"
-    assert shared.status("never") == "not registered"
 
 
 WRONG: dict[str, list[Any]] = {  # what a parameter is declared as -> what it may not be
     "str": [None, True, 1, ["x"], {}],
-    "int": [None, True, 2**31, -(2**31), 10**30, 1.5, "x", []],
-    "float": [None, True, -1, -0.5, 1e9, "x", []],
+    "int": [None, True, 2**31, -(2**31), 1.5, "x", []],
+    "float": [None, True, -0.5, 1e9, "x", []],
     "bool": [None, 1, "x"],
     "Id": [None, True, 1.5, [], {}],
     "Object": [None, True, "x", ["x"]],
-    "Sequence[str]": [None, "x", {}, [1], ["x", None], [["x"]]],
+    "Sequence[str]": [None, "x", {}, [1], ["x", None]],
     "Sequence[Object]": [None, "x", {}, ["x"], [{}, 1]],
 }
 
 
-@pytest.mark.parametrize("method", coder_sync.METHODS)
-def test_wrong_unknown_missing_and_superfluous_parameters_are_refused(shared: World, method: str) -> None:
-    spec = coder_sync.parameters(coder_sync.METHODS[method])
-    required = {name: "x" for name, (_, needed) in spec.items() if needed}
+def test_wrong_unknown_missing_and_superfluous_parameters_are_refused(shared: World) -> None:
     peer = shared.connect()
 
-    def refused(params: Any) -> str:
+    def refused(method: str, params: Any) -> str:
         peer.send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode() + b"\n")
         error = peer.read()["error"]
-        assert error["code"] == -32602, params
+        assert error["code"] == -32602, (method, params)
         return str(error["message"])
 
-    for name, (kind, _) in spec.items():
-        for value in WRONG[kind]:
-            assert f'"{name}"' in refused({**required, name: value}), value
-    for params in ({**required, "colour": 1}, ["x"] * (len(spec) + 1), "x", 7, None):
-        refused(params)
-    for name in required:
-        assert f'"{name}"' in refused({k: v for k, v in required.items() if k != name})
-    served(shared)
+    for method, does in coder_sync.METHODS.items():
+        declared = coder_sync.parameters(does)
+        required = {name: "x" for name, (_, needed) in declared.items() if needed}
+        for name, (kind, needed) in declared.items():
+            for value in WRONG[kind]:
+                assert f'"{name}"' in refused(method, {**required, name: value}), value
+            if needed:
+                assert f'"{name}"' in refused(method, {k: v for k, v in required.items() if k != name})
+        for params in ({**required, "colour": 1}, ["x"] * (len(declared) + 1), "x", None):
+            refused(method, params)
 
 
-NAMING = dict.fromkeys(("want", "start", "complete", "fail", "status"), "unit")
 REFUSED_CALLS: list[tuple[str, dict[str, Any], str]] = [  # method, parameters, what the message begins with
-    *((m, {key: name}, "unit name " if name else "a unit name ") for m, key in NAMING.items() for name in BAD_NAMES),
-    *(("wait", {"units": [name]}, "unit name " if name else "a unit name ") for name in BAD_NAMES),
-    *(("want", {"unit": "fine", "dependencies": ["one", name]}, ".*unit name") for name in BAD_NAMES),
+    *(("want", {"unit": name}, "unit name " if name else "a unit name ") for name in BAD_NAMES),
     *(("boot", {"units": [{"unit": name}]}, "") for name in (None, 1, [], {}, "", "a\n")),
     *(
         ("boot", {"units": [{"unit": "even"}, {"unit": "odd", **more}]}, "a unit of a boot is ")
@@ -2503,7 +2347,7 @@ REFUSED_CALLS: list[tuple[str, dict[str, Any], str]] = [  # method, parameters, 
     ),
     *(
         (method, {**names, "requires": requires}, "no such requirement")
-        for requires in ("", "Success", "ended", "completed", "luck" * 1000)
+        for requires in ("", "completed", "luck" * 1000)
         for method, names in (("want", {"unit": "odd"}), ("start", {"unit": "odd"}), ("wait", {"units": ["x"]}))
     ),
     *(
@@ -2521,7 +2365,7 @@ def test_what_cannot_be_meant_is_refused_in_one_printable_line_and_changes_nothi
     shared.client.want("c1", "c2")
     shared.client.want("c2", "c3")
     shared.client.start("kept")
-    before = {u.unit_name for u in shared.client.list(everything=True)}
+    before = {u.unit_name: u.status for u in shared.client.list(everything=True)}
     peer = shared.connect()
     for method, params, said in REFUSED_CALLS:
         error = peer.call(method, **params)["error"]
@@ -2529,25 +2373,13 @@ def test_what_cannot_be_meant_is_refused_in_one_printable_line_and_changes_nothi
         assert re.match(said, message) and message.isprintable() and len(message) < 200, (method, params, message)
         assert message.count("luck") <= 15
         assert error.get("data", []) == (["c3", "c1", "c2", "c3"] if "cycle" in message else []), error
-    assert {u.unit_name for u in shared.client.list(everything=True)} == before
-    assert shared.status("kept") == "started"
+    assert {u.unit_name: u.status for u in shared.client.list(everything=True)} == before
     assert peer.call("boot")["result"]["units"] == 0  # those of a boot that was refused are not kept for the next
     shared.client.complete("kept")
 
 
-ODD_NAMES = ["x" * 255, 'coder_script.startup_unit["health-check"]', "<module>.git-clone", "a\\b", "Clone repository"]
-ODD_NAMES += ["-", "--help", "--", "\u4f60\u597d \U0001f600", " ", "%s%n{0}", "$(id)", "[[[{{{" * 20]
-
-
-def test_every_printable_name_can_be_used(shared: World) -> None:
-    for name in ODD_NAMES:
-        shared.client.want(name, "other")
-        assert shared.client.status(name).unit_name == name
-    assert {u.unit_name for u in shared.client.list()} >= set(ODD_NAMES)
-
-
 def test_requests_may_come_in_any_pieces_and_end_anywhere(shared: World) -> None:
-    peer, line = shared.connect(), b'{"jsonrpc":"2.0","id":%d,"method":"want","params":{"unit":"half"}}'
+    peer, line = shared.connect(), PING.replace(b'"ping"', b'"want","params":{"unit":"half"}')
     peer.send(PING.ljust(coder_sync.MAX_LINE) + b"\n")
     assert "result" in peer.read()
     for byte in PING + b"\n":
@@ -2555,49 +2387,47 @@ def test_requests_may_come_in_any_pieces_and_end_anywhere(shared: World) -> None
     assert peer.read()["id"] == 1
     peer.send(b"\r\n\n".join(PING.replace(b"1", b"%d" % i) for i in range(300)) + b"\n")
     assert [peer.read()["id"] for _ in range(300)] == list(range(300))
-    for cut in range(len(line % 1)):
-        peer = shared.connect()
-        peer.send((line % 1)[:cut])
-        peer.close()
-    for data, code in ((line[:-2] % 1, -32700), (line % 1, None)):
-        served(shared)
-        assert shared.status("half") == "not registered"
+    for data, code, status in ((line[:-2], -32700, "not registered"), (line, None, "pending")):
         peer = shared.connect()
         peer.send(data)
         peer.sock.shutdown(socket.SHUT_WR)
         assert peer.read().get("error", {}).get("code") == code
-        assert peer.read() is None
-    assert shared.status("half") == "pending"
+        assert (peer.read(), shared.status("half")) == (None, status)
 
 
-def test_an_id_is_in_use_until_its_answer_has_come_or_is_confirmed(shared: World) -> None:
+def test_an_id_is_in_use_until_its_answer_has_come(shared: World) -> None:
     peer, other = shared.connect(), shared.connect()
     peer.request("start", 1, unit="first", dependencies=["later"])
     shared.waiting("first")
-    assert peer.call("confirm", 2, id=1)["result"] == {"confirmed": False}
     for method, params in (("start", {"unit": "second"}), ("ping", {})):
         assert "in use" in peer.call(method, 1, **params)["error"]["message"]
     shared.end("later")
     assert peer.read()["result"]["dependencies"] == ["later"]
-    assert "result" in peer.call("start", 1, unit="unconfirmed", confirm=True)
-    assert "is in use" in peer.call("start", 1, unit="second", confirm=True)["error"]["message"]
+    assert "result" in peer.call("ping", 1)
     assert shared.status("second") == "not registered"
-    other.request("start", unit="unconfirmed", progress=True)
-    (row,) = other.read()["params"]["missing"]
-    assert (row["depends_on"], row["current_status"]) == ("unconfirmed", "started") and row["owner"]["pid"]
-    assert [peer.call("confirm", 2, id=1)["result"] for _ in range(2)] == [{"confirmed": True}, {"confirmed": False}]
-    assert other.read()["error"]["message"].startswith('unit "unconfirmed" is already started')
-    assert "result" in peer.call("start", 1, unit="second", confirm=True)
-    other.request("start", unit="second", progress=True)
-    assert "waiting" in other.read()["method"]
-    peer.close()  # and what it was granted goes to the next
-    assert "result" in other.read()
     assert other.call("boot", 2, units=[{"unit": "booted", "wants": {"gate": "success"}}])["result"]
     other.request("start", 2, unit="third", dependencies=["never"])
     shared.end("gate")
     assert other.read()["params"]["unit"] == "booted"  # a notification, so it frees no id
     assert "in use" in other.call("ping", 2)["error"]["message"]
     other.close()
+
+
+def test_a_start_that_is_to_be_confirmed_is_granted_only_then(shared: World) -> None:
+    peer, other = shared.connect(), shared.connect()
+    assert peer.call("confirm", 2, id=1)["result"] == {"confirmed": False}
+    assert "result" in peer.call("start", 1, unit="unconfirmed", confirm=True)
+    assert "in use" in peer.call("ping", 1)["error"]["message"]
+    other.request("start", unit="unconfirmed", progress=True)
+    (row,) = other.read()["params"]["missing"]
+    assert (row["depends_on"], row["current_status"]) == ("unconfirmed", "started") and row["owner"]["pid"]
+    assert [peer.call("confirm", 2, id=1)["result"] for _ in range(2)] == [{"confirmed": True}, {"confirmed": False}]
+    assert other.read()["error"]["message"].startswith('unit "unconfirmed" is already started')
+    assert "result" in peer.call("start", 1, unit="passed on", confirm=True)
+    other.request("start", unit="passed on", progress=True)
+    assert "waiting" in other.read()["method"]
+    peer.close()  # and what it was granted goes to the next
+    assert "result" in other.read()
 
 
 # -- limits ------------------------------------------------------------------------------------------------
@@ -2612,23 +2442,11 @@ def fill(world: World, names: int) -> None:
     peer.close()
 
 
-GOES_ON_LATE = """
-send = coder_sync.Connection.send
-def send_and_go_on_late(self, data):  # when the unit of a held start has been ended
-    send(self, data)
-    while b"env" in data and any(claim.held and claim.unit.status == "started" for claim in self.claims):
-        coder_sync.time.sleep(0.001)
-coder_sync.Connection.send = send_and_go_on_late
-coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 2, 1
-"""
-
-
-def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not(world: World) -> None:
-    answering(world, altered(GOES_ON_LATE, "serve", "-q"))
-    holder = world.connect()
+def test_who_is_silent_or_does_not_read_is_dropped_and_who_waits_or_holds_is_not(world: World) -> None:
+    answering(world, altered("coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 1, 0.5", "serve", "-q"))
+    holder, waiting, talking, silent, waited, deaf, watcher, gone = (world.connect() for _ in range(8))
     holder.call("start", unit="held", hold=True)
     world.client.complete("held")  # whoever holds it has yet to be told
-    waiting, talking, silent, waited, deaf, watcher, gone = (world.connect() for _ in range(7))
     assert "result" in waited.call("wait", units=["held"])
     waiting.request("start", 1, unit="a", dependencies=["b"])
     deaf.request("wait", 1, units=["never"])
@@ -2639,9 +2457,9 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     deaf.request("list", 2, all=True)
     for _ in range(4):
         assert talking.call("ping")["result"]
-        time.sleep(0.6)
+        time.sleep(0.3)
     for idle in (silent, waited):
-        assert "no request for 2 seconds" in idle.read()["error"]["message"]
+        assert "no request for 1 seconds" in idle.read()["error"]["message"]
         assert idle.read() is None
     assert "result" in holder.call("complete", unit="held")
     for peer in (deaf, watcher):
@@ -2650,7 +2468,6 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
         assert hung_up.poll(PATIENCE * 1000)[0][1] & select.POLLHUP
     world.end("b")
     assert waiting.read()["id"] == 1
-    time.sleep(0.1)
     assert "result" in waiting.call("ping", 2)  # its time began anew
     served(world)
 
@@ -2692,7 +2509,7 @@ def test_connections_past_the_limit_are_told_so_and_the_others_go_on(call: Call,
     if few == "connections":
         agent = answering(world, altered("coder_sync.MAX_CONNECTIONS = 8", "serve"))
     else:  # 24 are for itself
-        agent = answering(world, limited(f"-n {24 + 8 * EACH}", "serve"))
+        agent = answering(world, limited(f"-n {24 + 8 * (2 if hasattr(os, 'eventfd') else 3)}", "serve"))
 
     def admitted() -> Peer | None:  # the agent may not have seen yet that the last one has gone
         peer = world.connect()
@@ -2706,9 +2523,9 @@ def test_connections_past_the_limit_are_told_so_and_the_others_go_on(call: Call,
         assert extra.read() is None
     done = call(world, "ping")
     assert done.returncode == 3 and "limit of 8 connections" in done.stderr
+    assert "result" in peers[0].call("start", unit="a")
     for peer in peers[1:]:
         peer.close()
-    assert "result" in peers[0].call("start", unit="a")
     peers[1:] = [until(admitted) for _ in range(7)]
     assert "refused: the agent has reached its limit" in stopped(agent).stderr
 
@@ -2733,7 +2550,7 @@ def test_what_a_client_asked_before_it_hung_up_is_done_and_its_starts_are_left_t
         assert world.client.start(name).dependencies == []
 
 
-def test_clients_that_are_silent_or_do_not_read_disturb_nobody_not_even_at_the_end(agent: World) -> None:
+def test_clients_that_are_silent_or_do_not_read_do_not_keep_an_agent_from_ending(agent: World) -> None:
     fill(agent, 1000)
     silent, deaf = [agent.connect() for _ in range(300)], [agent.connect() for _ in range(3)]
     for peer in deaf:
@@ -2751,18 +2568,21 @@ def test_clients_that_are_silent_or_do_not_read_disturb_nobody_not_even_at_the_e
 
 @LINUX
 def test_answers_for_a_client_that_does_not_read_or_is_gone_do_not_pile_up(world: World) -> None:
+    def memory() -> int:  # the most that it has had, in KiB
+        return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{agent.pid}/status").read_text())[0])
+
     agent = answering(world, altered("coder_sync.SEND_TIMEOUT = 0.5", "serve", "-q"))
     fill(world, 1000)
-    before = memory_of(agent.pid)
-    deaf = [world.connect() for _ in range(3)]
-    for peer in deaf:
+    before = memory()
+    peers = [world.connect() for _ in range(3)]
+    for n, peer in enumerate(peers):
         request = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "graph"}).encode() + b"\n"
         peer.send(request * 600 + request.replace(b"graph", b"events"))
-        peer.request("want", unit=f"last-{peer.sock.fileno()}")
-    deaf[0].close()
-    for peer in deaf[1:]:
-        until(lambda peer=peer: world.status(f"last-{peer.sock.fileno()}") == "pending")  # what it asked is done
-    assert memory_of(agent.pid) - before < 60_000  # it was hung up on after the first answers
+        peer.request("want", unit=f"last-{n}")
+    peers[0].close()
+    for n in (1, 2):
+        until(lambda n=n: world.status(f"last-{n}") == "pending")  # what it asked is done
+    assert memory() - before < 60_000  # it was hung up on after the first answers
 
 
 def test_a_boot_in_many_parts_is_bounded(world: World) -> None:
@@ -2784,38 +2604,41 @@ def test_an_error_that_is_not_the_peers_goes_to_the_log(world: World) -> None:
     assert re.search(r"internal error at line \d+: OSError\(22, 'Invalid argument'\); please report it", said)
 
 
-# -- no descriptors, no memory, a small stack ---------------------------------------------------------------
+# -- no descriptors, no threads -----------------------------------------------------------------------------
 
 
 @LINUX
 def test_an_agent_out_of_descriptors_says_so_serves_who_is_connected_and_recovers(world: World) -> None:
     agent, dying = world.serve("--log-file", "log"), world.spawn(["cat"], stdin=subprocess.PIPE)
-    peer = world.connect()
+    peer, more = world.connect(), [world.connect()]
     for name, pid in (("mine", os.getpid()), ("dying", dying.pid)):
         assert "result" in peer.call("start", unit=name, pid=pid)
-    peers = use_up(world, agent.pid)
-    log = world.directory / "log"
-    until(lambda: f"cannot accept connections: {os.strerror(errno.EMFILE)}" in log.read_text(), "a word in the log")
-    assert "result" in peer.call("want", unit="a", dependencies=["b"])
-    for method, unit in (("start", "c"), ("complete", "a"), ("fail", "a"), ("status", "a")):
-        assert peer.call(method, unit=unit)["id"] == 1
-    assert "result" in peer.call("status", unit="aa")  # it looks for a name like it, which needs a file
+    limits = resource.prlimit(agent.pid, resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir(f"/proc/{agent.pid}/fd")))
+    resource.prlimit(agent.pid, resource.RLIMIT_NOFILE, (min({*range(len(used) + 1)} - used), limits[1]))
+    said = f"cannot accept connections: {os.strerror(errno.EMFILE)}"
+    until(lambda: more.append(world.connect()) or said in (world.directory / "log").read_text(), "a word in the log")
+    for method, unit in (("want", "a"), ("start", "c"), ("complete", "a"), ("status", "aa")):
+        assert "result" in peer.call(method, unit=unit)
     answer = peer.call("start", unit="owned", pid=os.getpid())
     assert "not alive" not in answer.get("error", {}).get("message", "")
     dying.kill()
     dying.wait()
     if hasattr(os, "pidfd_open"):  # without it nobody can tell now
         until(lambda: ["dying", "failed"] in [[u["unit_name"], u["status"]] for u in peer.call("list")["result"]])
-    free(world, agent.pid, peers)
+    resource.prlimit(agent.pid, resource.RLIMIT_NOFILE, limits)
     served(world)
     happened(world, "dying", "failed")
+    until(lambda: world.client.status("mine").owner.alive, "a descriptor to look at an owner with")
+    assert world.status("mine") == "started"
 
-    def mine() -> Any:  # no connection more: it could take the last descriptor again
-        found = peer.call("status", unit="mine")["result"]
-        return None if found["owner"]["alive"] is None else found  # the one before may have it for a moment yet
 
-    found = until(mine, "a descriptor to look at an owner with")
-    assert (found["status"], found["reason"], found["owner"]["alive"]) == ("started", "", True)
+def test_an_agent_that_can_have_no_thread_or_descriptor_says_so_and_leaves_nothing(world: World) -> None:
+    no_thread = "def start(self): raise RuntimeError('no thread')\nimport threading; threading.Thread.start = start"
+    for argv in (altered(no_thread, "serve"), *(limited(f"-n {n}", "serve", "-q") for n in (5, 6))):
+        done = finish(world.spawn(argv))
+        assert done.returncode == 1 and re.fullmatch("(error: cannot|OSError:.* Too many) .*\n", done.stderr), done
+        assert os.listdir(world.directory) == []
 
 
 NO_THREADS = """
@@ -2827,14 +2650,6 @@ def start_new_thread(*args):
     return start(*args)
 _thread.start_new_thread = start_new_thread
 """
-
-
-def test_an_agent_that_can_have_no_thread_or_descriptor_says_so_and_leaves_nothing(world: World) -> None:
-    no_thread = "def start(self): raise RuntimeError('no thread')\nimport threading; threading.Thread.start = start"
-    for argv in (altered(no_thread, "serve"), *(limited(f"-n {n}", "serve", "-q") for n in (5, 6))):
-        done = finish(world.spawn(argv))
-        assert done.returncode == 1 and re.fullmatch("(error: cannot|OSError:.* Too many) .*\n", done.stderr), done
-        assert os.listdir(world.directory) == []
 
 
 def test_an_agent_without_threads_says_so_and_recovers(world: World) -> None:
@@ -2849,39 +2664,12 @@ def test_an_agent_without_threads_says_so_and_recovers(world: World) -> None:
     assert not [line for line in said if "please report" in line]
 
 
-@contextlib.contextmanager
-def impostor(world: World, answer: bytes) -> Iterator[None]:
-    """Something else that listens at the socket's path, and gives everybody one answer."""
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            with contextlib.suppress(OSError):
-                self.request.recv(65536)
-                self.request.sendall(answer)
-                self.request.shutdown(socket.SHUT_WR)
-                self.request.recv(65536)
-
-    with socketserver.UnixStreamServer(world.path, Handler) as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        try:
-            yield
-        finally:
-            server.shutdown()
-            os.unlink(world.path)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Daemon: its log, the background, who may serve where, signals, a command's agent, process 1, supervisors.
 # ---------------------------------------------------------------------------------------------------------
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} "
-FOREGROUND_OR_NOT = pytest.mark.parametrize("how", [[], ["--detach"]], ids=["foreground", "detached"])
 ROOT = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
-
-
-def files_of(directory: Path) -> dict[str, int]:
-    """The files in a directory and of what kind and mode each is."""
-    return {name: os.lstat(directory / name).st_mode for name in os.listdir(directory)}
 
 
 def without(*directories: str) -> list[str]:
@@ -2903,32 +2691,33 @@ NAMESPACES = pytest.mark.skipif(not can_unshare("-m", "-fp", "--mount-proc"), re
 
 # -- the log ------------------------------------------------------------------------------------------------
 
+LOGGED = r"""listening at .*/agent.sock \(pid \d+\)
+a: started
+a: completed
+refused: unit "a" is completed .*
+b: failed: no disk
+shutdown was called by .+ \(pid \d+\)
+stopping: got SIGTERM
+"""
 
-@pytest.mark.parametrize("option", ["--quiet", "", "--verbose", "--log-file=/dev/stderr"])
+
+@pytest.mark.parametrize("option", ["--quiet", "", "--verbose"])
 def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, option: str) -> None:
-    agent = world.serve(*filter(None, [option]), stderr=subprocess.PIPE)
+    agent = world.serve(*option.split(), stderr=subprocess.PIPE)
     world.end("a")
     with pytest.raises(coder_sync.Refused):
         world.client.fail("a")
     world.client.want("b", "a")
     world.client.fail("b", "no disk")
-    world.ok("shutdown")
+    world.client.shutdown()
     done = finish(agent)
     assert (done.returncode, done.stdout) == (0, "")
-    lines = done.stderr.splitlines()
-    assert all(re.match(STAMP, line) for line in lines)
-    texts = [re.sub(STAMP, "", line) for line in lines]
-    if option == "--quiet":
-        assert texts == []
-    elif option == "--verbose":
-        for part in ("request: start {", "b: registered", "b: wants: a", "a: started", "refused: "):
-            assert part in done.stderr
+    assert all(re.match(STAMP, line) for line in done.stderr.splitlines())
+    text = re.sub(f"^{STAMP}", "", done.stderr, flags=re.M)
+    if option == "--verbose":
+        assert all(part in text for part in ("request: start {", "b: registered", "b: wants: a", "a: started"))
     else:
-        assert re.fullmatch(rf"listening at {world.path} \(pid \d+\)", texts[0])
-        assert texts[1:3] == ["a: started", "a: completed"]
-        assert texts[3].startswith('refused: unit "a" is completed')
-        assert re.fullmatch(rf"shutdown was called by .+ \(pid {os.getpid()}\)", texts[5])
-        assert (texts[4], *texts[6:]) == ("b: failed: no disk", "stopping: got SIGTERM")
+        assert re.fullmatch(LOGGED if option == "" else "", text)
 
 
 def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
@@ -2943,82 +2732,78 @@ def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
     assert stopped(agent).returncode == 0
 
 
-LOGS: dict[str, tuple[bool, Callable[[Path], Any]]] = {  # whether it can have a successor, how it comes to be
-    "its path": (True, lambda log: None),
-    "a link": (True, lambda log: log.symlink_to("target")),
-    "a pipe": (False, lambda log: (os.mkfifo(log), os.open(log, os.O_RDONLY | os.O_NONBLOCK))[1]),
-    "a device": (False, lambda log: os.mknod(log, stat.S_IFCHR | 0o666, os.makedev(1, 3))),
-    "a file that can have none": (False, lambda log: (log.touch(0o600), Path(f"{log}.1").mkdir())[1]),
-}
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[ROOT] * (kind == "a device")) for kind in LOGS], ids=hyphenated
-)
-def test_a_log_file_that_is_full_gets_a_successor_if_it_can_have_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
-) -> None:
-    monkeypatch.setattr(coder_sync, "MAX_LOG", 1000)
-    path, (successor, prepare) = tmp_path / "log", LOGS[kind]
-    reader, before = prepare(path), files_of(tmp_path)
-    log = coder_sync.Log(1, str(path))
-    for i in range(60):
-        log.say(f"line {i}")
-    log.close(PATIENCE)
-    assert log.lost == 0
-    name = os.path.basename(os.path.realpath(path))
-    if successor:
-        texts = [(tmp_path / file).read_text() for file in (name + ".1", name)]
-        assert files_of(tmp_path).keys() == {*before, name, name + ".1"}
-        assert re.fullmatch(rf"({STAMP}line \d+\n)+", "".join(texts)) and texts[1].endswith("line 59\n")
-        assert all(len(text) < 1100 for text in texts)
-        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    else:
-        assert files_of(tmp_path) == before
-        text = os.read(reader, 65536) if reader else path.read_bytes() if path.is_file() else b"\n" * 60
-        assert text.count(b"\n") == 60
-    assert before.items() <= files_of(tmp_path).items()
-    if reader:
-        os.close(reader)
-
-
-def test_the_log_counts_what_could_not_be_written_and_takes_no_more_than_it_has_room_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.mkfifo(tmp_path / "log")
-    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
-    log = coder_sync.Log(1, str(tmp_path / "log"))
-    os.close(reader)
-    log.say("one")
-    until(lambda: log.lost == 1)
-    log.say("two")
-    until(lambda: log.lost == 2)
-    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
-    log.say("three")
-    lines = until(lambda: read_now(reader))
-    assert re.fullmatch(f"{STAMP}\\(2 lines lost here\\) three\n", lines)
-
-    for _ in range(30):  # more than a pipe takes
-        log.say("x" * 3000)
-    lines = ""
-    while lines.count("\n") < 30:
-        lines += until(lambda: read_now(reader))
-    assert "lost" not in lines
-    monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
-    for _ in range(30):
-        log.say("x" * 3000)
-    began = time.monotonic()
-    log.close(0.1)  # whose thread stands there
-    assert log.lost > 0 and time.monotonic() - began < 10
-    until(lambda: (read_now(reader), not log._listener._thread.is_alive())[1])
-    os.close(reader)
-
-
 @LINUX
 def test_an_agent_whose_disk_is_full_goes_on(world: World) -> None:
     agent = world.serve("--log-file", "/dev/full")
     served(world)
     assert stopped(agent).returncode == 0
+
+
+def fill_log(path: Path) -> None:
+    """Write a log that is longer than it may be."""
+    log = coder_sync.Log(1, str(path))
+    for i in range(60):
+        log.say(f"line {i}")
+    log.close(PATIENCE)
+    assert log.lost == 0
+
+
+@pytest.mark.parametrize("target", ["log", "target"], ids=["file", "link"])
+def test_a_log_file_that_is_full_gets_a_successor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
+    monkeypatch.setattr(coder_sync, "MAX_LOG", 1000)
+    if target != "log":
+        (tmp_path / "log").symlink_to(target)
+    fill_log(tmp_path / "log")
+    older, newer = ((tmp_path / name).read_text() for name in (f"{target}.1", target))
+    assert re.fullmatch(rf"({STAMP}line \d+\n)+", older + newer) and newer.endswith("line 59\n")
+    assert max(len(older), len(newer)) < 1100
+    assert stat.S_IMODE(os.stat(tmp_path / "log").st_mode) == 0o600
+    assert {*os.listdir(tmp_path)} == {"log", target, f"{target}.1"}
+
+
+def test_a_log_that_can_have_no_successor_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(coder_sync, "MAX_LOG", 1000)
+    (tmp_path / "file.1").mkdir()
+    fill_log(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    fill_log(tmp_path / "pipe")
+    assert [text.count("\n") for text in ((tmp_path / "file").read_text(), read_now(reader))] == [60, 60]
+    assert {*os.listdir(tmp_path)} == {"file", "file.1", "pipe"}
+    os.close(reader)
+
+
+def test_what_the_log_could_not_write_is_counted_in_its_next_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    log = coder_sync.Log(1, str(tmp_path / "log"))
+    os.close(reader)
+    for lost in (1, 2):
+        log.say("unread")
+        until(lambda lost=lost: log.lost == lost)
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    log.say("three")
+    assert re.fullmatch(f"{STAMP}\\(2 lines lost here\\) three\n", until(lambda: read_now(reader)))
+    log.close(PATIENCE)
+    os.close(reader)
+
+
+def test_the_queue_of_the_log_is_bounded_and_so_is_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "log")
+    reader, text = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK), ""
+    log = coder_sync.Log(1, str(tmp_path / "log"))
+    for _ in range(60):  # more than a pipe takes
+        log.say("x" * 3000)
+    monkeypatch.setattr(coder_sync, "MAX_QUEUE", 3)
+    log.say("no room")
+    assert log.lost == 1
+    began = time.monotonic()
+    log.close(0.1)  # though its thread cannot go on
+    assert time.monotonic() - began < 10
+    while text.count("\n") < 60:
+        text += until(lambda: read_now(reader))
+    assert "lost" not in text
+    os.close(reader)
 
 
 def read_now(fd: int) -> str:
@@ -3044,12 +2829,12 @@ def test_a_detached_agent_is_there_and_on_its_own(world: World) -> None:
         served(world)
         os.kill(pid, signal.SIGTERM)
         until(lambda pid=pid: not alive(pid), "the end of the detached agent")
-        assert files_of(world.directory).keys() == {"log"}
+        assert os.listdir(world.directory) == ["log"]
     assert re.fullmatch(f"({STAMP}.*\n)+", log.read_text())
     assert (log.read_text().count("stopping: got SIGTERM"), log.read_text().count("SIGHUP")) == (2, 0)
 
 
-@pytest.mark.parametrize("place", ["", pytest.param("/proc", marks=NAMESPACES), pytest.param("/dev", marks=NAMESPACES)])
+@pytest.mark.parametrize("place", ["", pytest.param("/dev", marks=NAMESPACES)])
 def test_a_detached_agent_keeps_nothing_of_its_callers_open(world: World, place: str) -> None:
     with open(world.directory / "lock", "w") as mine, open(world.directory / "lock") as other:
         fcntl.flock(mine, fcntl.LOCK_EX)
@@ -3062,9 +2847,8 @@ def test_a_detached_agent_keeps_nothing_of_its_callers_open(world: World, place:
 
 
 @NAMESPACES
-@pytest.mark.parametrize("places", ["/dev", "/proc", "/dev /proc"], ids=hyphenated)
-def test_a_command_runs_where_dev_and_proc_are_empty(world: World, places: str) -> None:
-    argv = [*without(*places.split()), *program()]
+def test_a_command_runs_where_dev_and_proc_are_empty(world: World) -> None:
+    argv = [*without("/dev", "/proc"), *program()]
     done = finish(world.spawn([*argv, "serve", "--", *program(), "run", "a", "--", "sh", "-c", "echo ran; exit 3"]))
     assert (done.returncode, done.stdout) == (3, "ran\n")
     script = 'exec <&- >&- 2>&-; exec "$@" serve -- sh -c "exit 4"'
@@ -3093,25 +2877,20 @@ def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(
 
 
 REFUSED = r"""
-echo precious > agent.sock               | | {0}/agent.sock exists and is not a socket; .*
-echo precious > agent.sock               | --replace | {0}/agent.sock exists and is not a socket; .*
-mkdir agent.sock                         | | {0}/agent.sock exists and is not a socket; .*
-mkfifo agent.sock                        | | {0}/agent.sock exists and is not a socket; .*
-ln -s elsewhere agent.sock               | | {0}/agent.sock exists and is not a socket; .*
-mkfifo agent.sock.lock                   | | {0}/agent.sock.lock is not a regular file; .*
-ln -s elsewhere agent.sock.lock          | | cannot open {0}/agent.sock.lock: (Too many|Symbolic).*; .*
-mkdir agent.sock.lock                    | | cannot open {0}/agent.sock.lock: Is a directory; .*
-echo 1 > that; ln that agent.sock.lock   | | {0}/agent.sock.lock has another name, too, so that it may be any file; .*
-:                                        | --socket-path {1} | .*/x+: too long for a socket path; .*
-:> file                                  | --socket-path file/in/s | cannot make the directory {0}/file/in: Not a dir.*
-:                                        | --log-file no/file | cannot write .*no/file: No such file .*
-mkfifo f                                 | --log-file f | cannot write .*f: No such device .*
-:                                        | --pid-file no/file | cannot write .*no/file: No such file .*
+echo precious > agent.sock              | --detach | {0}/agent.sock exists and is not a socket; .*
+ln -s elsewhere agent.sock              | --replace | {0}/agent.sock exists and is not a socket; .*
+mkfifo agent.sock.lock                  | | {0}/agent.sock.lock is not a regular file; .*
+ln -s elsewhere agent.sock.lock         | | cannot open {0}/agent.sock.lock: (Too many|Symbolic).*; .*
+echo 1 > that; ln that agent.sock.lock  | | {0}/agent.sock.lock has another name, too, so that it may be any file; .*
+:                                       | --socket-path {1} | .*/x+: too long for a socket path; .*
+:> file                                 | --socket-path file/in/s | cannot make the directory {0}/file/in: Not a dir.*
+mkfifo f                                | --log-file f | cannot write .*f: No such device .*
+:                                       | --pid-file no/file --detach | cannot write .*no/file: No such file .*
+ln -s /dev/full f                       | --pid-file f | cannot write .*f: No space left .*
 """
 
 
-@FOREGROUND_OR_NOT
-def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World, how: list[str]) -> None:
+def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World) -> None:
     for number, row in enumerate(REFUSED.strip().splitlines()):
         place = world.directory / str(number)
         place.mkdir()
@@ -3119,73 +2898,63 @@ def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World, how
         subprocess.run(["sh", "-c", prepare], cwd=place, check=True)
         before = subprocess.check_output(["ls", "-linA"], cwd=place)  # with sizes and times
         env = {**world.env, "CODER_AGENT_SOCKET_PATH": str(place / "agent.sock")}
-        done = world.run("serve", *options.split(), *how, cwd=str(place), env=env)
+        done = world.run("serve", *options.split(), cwd=str(place), env=env)
         assert (done.returncode, done.stdout) == (1, ""), (row, done)
         assert re.fullmatch(f"error: {message.strip()}\n", done.stderr), (row, done)
         assert subprocess.check_output(["ls", "-linA"], cwd=place) == before, row
 
 
-@LINUX
-def test_no_room_for_the_pid_is_one_line(world: World) -> None:
-    done = world.run("serve", "--pid-file", "/dev/full")
-    assert done.returncode == 1 and re.fullmatch("error: cannot write /dev/full: No space left .*\n", done.stderr), done
-    assert os.listdir(world.directory) == []
-
-
 @contextlib.contextmanager
-def open_directory() -> Iterator[str]:
+def open_directory(mode: int = 0o755) -> Iterator[str]:
     """A directory that everybody can enter; pytest's own are private."""
     with tempfile.TemporaryDirectory(prefix="cs-") as directory:
-        os.chmod(directory, 0o755)
+        os.chmod(directory, mode)
         yield directory
 
 
-def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(world: World) -> None:
-    no_group = "cannot give {0}/agent.sock to group 12: be a member of the group, or root"
-    for mode, words, message in (
-        (0o555, "{0}/agent.sock", ".*{0}/.*: Permission denied; .*"),
+@pytest.mark.parametrize(
+    ("mode", "words", "message"),
+    [
         (0o555, "{0}/run/agent.sock", ".*{0}/.*: Permission denied; .*"),
-        (0o777, "{0}/agent.sock --group 12", no_group),
-    ):
-        with open_directory() as directory:
-            os.chmod(directory, mode)
-            done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
-            assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr), done
-            assert os.listdir(directory) == []
-            os.chmod(directory, 0o755)
+        (0o777, "{0}/agent.sock --group 12", "cannot give {0}/agent.sock to group 12: be a member of the group, or.*"),
+    ],
+    ids=["directory", "group"],
+)
+def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(
+    world: World, mode: int, words: str, message: str
+) -> None:
+    with open_directory(mode) as directory:
+        done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
+        assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr), done
+        assert os.listdir(directory) == []
 
 
 @ROOT
 def test_a_lock_of_another_user_is_named_as_such(call: Call, world: World) -> None:
-    lock = world.path + ".lock"
+    lock = Path(world.path + ".lock")
     with open(lock, "w+") as file:
         os.chown(lock, 65534, -1)
         file.write("1 but not the truth")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = call(world, "serve")
-        assert re.fullmatch(rf"error: an agent \(of user nobody\) is serving {world.path} already; .*\n", done.stderr)
-    done = call(world, "serve")
-    assert re.fullmatch(rf"error: {lock} \(of user nobody\) is not ours; .*\n", done.stderr)
-    assert Path(lock).read_text() == "1 but not the truth"
-    os.unlink(lock)
+        held = call(world, "serve").stderr
+    assert held.startswith(f"error: an agent (of user nobody) is serving {world.path} already; ")
+    assert call(world, "serve").stderr.startswith(f"error: {lock} (of user nobody) is not ours; ")
+    assert lock.read_text() == "1 but not the truth"
+    lock.unlink()
     os.mkfifo(lock)
     os.chown(lock, 65534, -1)
-    done = call(world, "serve")
-    assert re.fullmatch(rf"error: {lock} \(of user nobody\) is not a regular file; .*\n", done.stderr)
+    assert call(world, "serve").stderr.startswith(f"error: {lock} (of user nobody) is not a regular file; ")
 
 
 @pytest.mark.parametrize("umask", [0, 0o077])
-def test_the_socket_and_its_directories_have_the_permissions_asked_for_whatever_the_umask(
-    world: World, umask: int
-) -> None:
+def test_the_socket_and_its_directories_have_the_permissions_asked_for(world: World, umask: int) -> None:
     gid = grp.getgrall()[1].gr_gid if os.getuid() == 0 else os.getgid()
     world.path = str(world.directory / "run" / "user" / "agent.sock")
     for options, mode, group in (
         ([], 0o600, os.getgid()),
-        (["--mode", "0666"], 0o666, os.getgid()),
         (["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
-        (["--group", str(gid), "--mode", "640"], 0o640, gid),
+        (["--group", str(gid), "--mode", "646"], 0o646, gid),
     ):
         agent = world.serve("--socket-path", world.path, *options, preexec_fn=lambda: os.umask(umask))
         found = os.stat(world.path)
@@ -3196,18 +2965,11 @@ def test_the_socket_and_its_directories_have_the_permissions_asked_for_whatever_
 
 
 NOT_SERVED = [
-    ("--mode rw", "", 2, "error: .*rw"),
-    ("--mode 778", "", 2, "error: .*778"),
-    ("--group no-such-group", "", 2, "error: .*no-such-group"),
-    ("--", "", 2, "error: .*(-- COMMAND|COMMAND)"),
-    ("--detach -- true", "", 2, "error: .*exclude each other"),
     ("true", "", 2, "error: .*true"),
     ("", "false", 0, "not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is false"),
-    ("", "0", 0, "not serving: CODER_AGENT"),
     ("", "NO", 0, "not serving: CODER_AGENT"),
-    *(("--detach -- true", yes, 2, "error: .*exclude each other") for yes in ("true", "True", "1", "yes")),
+    *(("--detach -- true", yes, 2, "error: .*exclude each other") for yes in ("", "True", "1", "yes")),
     ("", "maybe", 2, "error: CODER_AGENT_SOCKET_SERVER_ENABLED is 'maybe'; use true or false"),
-    ("", " true", 2, "error: CODER_AGENT_SOCKET_SERVER_ENABLED is ' true'; use true or false"),
 ]
 
 
@@ -3218,7 +2980,7 @@ def test_an_agent_wrongly_asked_for_or_not_enabled_does_not_serve(call: Call, wo
         assert os.listdir(world.directory) == []
 
 
-@pytest.mark.parametrize(("value", "test"), [("NO", "! -S"), ("1", "-S")], ids=["disabled", "enabled"])
+@pytest.mark.parametrize(("value", "test"), [("0", "! -S"), ("1", "-S")], ids=["disabled", "enabled"])
 def test_a_command_runs_with_an_agent_or_without_if_that_is_disabled(world: World, value: str, test: str) -> None:
     env = {**world.env, "CODER_AGENT_SOCKET_SERVER_ENABLED": value}
     done = world.run("serve", "--", "sh", "-c", f"test {test} $CODER_AGENT_SOCKET_PATH && echo ran; exit 5", env=env)
@@ -3231,11 +2993,7 @@ def test_a_command_runs_with_an_agent_or_without_if_that_is_disabled(world: Worl
 def test_an_agent_whose_socket_is_removed_listens_there_again(world: World) -> None:
     agent = answering(world, altered("coder_sync.LOOK_AGAIN = 0.05", "serve", "--mode", "640"))
     peer = world.connect()
-    for remove in (
-        os.unlink,
-        lambda path: shutil.move(path, path + ".old"),
-        lambda path: shutil.rmtree(world.directory),
-    ):
+    for remove in (os.unlink, lambda path: shutil.rmtree(world.directory)):
         remove(world.path)
         until(lambda: serves(world, agent.pid))
         assert stat.S_IMODE(os.stat(world.path).st_mode) == 0o640
@@ -3264,7 +3022,8 @@ def test_on_a_full_disk_no_lock_is_left(world: World) -> None:
     assert done.stdout == "full\n"
 
 
-def test_of_many_that_listen_at_the_same_instant_one_wins(world: World) -> None:
+def test_of_many_that_listen_at_the_same_instant_one_wins(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "umask", lambda mask: 0)  # it is for all threads
     together = threading.Barrier(10, timeout=PATIENCE)
 
     def listen(number: int) -> str:
@@ -3278,40 +3037,27 @@ def test_of_many_that_listen_at_the_same_instant_one_wins(world: World) -> None:
             together.wait()
         return said
 
-    umask, interval = os.umask(0o077), sys.getswitchinterval()  # listen() sets the first, and it is for all threads
-    sys.setswitchinterval(1e-6)
-    try:
-        for left in [False, True] * 5:
-            if left:  # by an agent that is dead
-                listener(world.path).close()
-                Path(world.path + ".lock").write_text("1\n")
-            with concurrent.futures.ThreadPoolExecutor(10) as pool:
-                said = list(pool.map(listen, range(10)))
-            assert (said.count("serves"), sum("already" in text for text in said)) == (1, 9), said
-            assert os.listdir(world.directory) == []
-    finally:
-        sys.setswitchinterval(interval)
-        os.umask(umask)
+    for left in [False, True] * 5:
+        if left:  # by an agent that is dead
+            listener(world.path).close()
+            Path(world.path + ".lock").write_text("1\n")
+        with concurrent.futures.ThreadPoolExecutor(10) as pool:
+            said = list(pool.map(listen, range(10)))
+        assert (said.count("serves"), sum("already" in text for text in said)) == (1, 9), said
+        assert os.listdir(world.directory) == []
 
 
-@FOREGROUND_OR_NOT
-def test_replace_ends_an_agent_and_takes_its_place(call: Call, world: World, how: list[str]) -> None:
+def test_replace_ends_an_agent_and_takes_its_place(call: Call, world: World) -> None:
     stopped(world.serve("--replace"), signal.SIGKILL)  # nobody was there: that is fine too
     first = world.serve()
     world.client.want("a")
-    waiting = world.connect()
-    waiting.request("start", unit="b", dependencies=["a"])
-    world.waiting("b")
-    second = world.popen("serve", "--replace", *how)
+    second = world.popen("serve", "--replace")
     assert finish(first).returncode == 0
-    assert waiting.read()["error"]["message"] == "the agent is shutting down"
-    pid = until(lambda: world.client.ping(wait=PATIENCE)["pid"])
-    assert pid != first.pid and (pid == second.pid) == (not how)
+    until(lambda: serves(world, second.pid))
     assert world.status("a") == "not registered"
     third = call(world, "serve")
-    assert third.returncode == 1 and third.stderr.startswith(
-        f"error: an agent (pid {pid}) is serving {world.path} alre"
-    )
+    assert third.returncode == 1
+    assert third.stderr.startswith(f"error: an agent (pid {second.pid}) is serving {world.path} already; end it")
 
 
 SHORT = """
@@ -3362,17 +3108,15 @@ def test_of_several_that_replace_one_that_does_not_end_one_is_left(world: World)
 def test_an_agent_that_is_stopped_tells_who_waits_and_leaves_nothing_behind(world: World, number: int) -> None:
     agent = world.serve(stderr=subprocess.PIPE)
     peer = world.connect()
-    peer.request("start", "s", unit="a", dependencies=["never"])
     peer.request("wait", "w", units=["never"])
+    peer.request("start", "s", unit="a", dependencies=["never"])
     process = world.popen("start", "b", "--want", "never")
     world.waiting("a", "b")
     done = stopped(agent, number)
-    assert done.returncode == 0
-    assert f"stopping: got {signal.Signals(number).name}" in done.stderr
+    assert done.returncode == 0 and f"stopping: got {signal.Signals(number).name}" in done.stderr
     assert os.listdir(world.directory) == []
-    told = [peer.read(), peer.read()]
-    assert {m["id"] for m in told} == {"s", "w"}
-    assert {m["error"]["message"] for m in told} == {"the agent is shutting down"}
+    told = {message["id"]: message["error"]["message"] for message in (peer.read(), peer.read())}
+    assert told == {"s": "the agent is shutting down", "w": "the agent is shutting down"}
     assert peer.read() is None
     client = finish(process)
     assert (client.returncode, client.stderr) == (3, "error: the agent is shutting down\n")
@@ -3396,6 +3140,15 @@ def temporary(world: World) -> Path:
     return directory
 
 
+def on_pty(world: World, *words: str) -> tuple[int, int]:
+    """The pid of a call that leads the session of a terminal, and the terminal's other end."""
+    argv = [*program(), *words]
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execve(argv[0], argv, world.env)
+    return pid, master
+
+
 def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(world: World, temporary: Path) -> None:
     sync = " ".join(map(shlex.quote, program()))
     script = f"""
@@ -3412,12 +3165,12 @@ def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(wo
         assert os.listdir(world.directory) == ["t"]
 
 
-def test_our_own_failure_before_the_command_is_125(call: Call, shared: World, world: World, temporary: Path) -> None:
-    deep = {**world.env, "TMPDIR": str(temporary / ("x" * 110))}
-    os.mkdir(deep["TMPDIR"])
-    taken = call(shared, "serve", "--socket-path", shared.path, "--", "echo", "ran")
-    deeper = world.run("serve", "--", "echo", "ran", env=deep)
-    pid = shared.client.ping()["pid"]
+def test_our_own_failure_before_the_command_is_125(call: Call, agent: World, temporary: Path) -> None:
+    taken = call(agent, "serve", "--socket-path", agent.path, "--", "echo", "ran")
+    deep = temporary / ("x" * 110)
+    deep.mkdir()
+    deeper = agent.run("serve", "--", "echo", "ran", env={**agent.env, "TMPDIR": str(deep)})
+    pid = agent.client.ping()["pid"]
     for done, said in ((taken, f"(pid {pid})"), (deeper, "too long for a socket path")):
         assert (done.returncode, done.stdout) == (125, "") and said in done.stderr
 
@@ -3441,18 +3194,22 @@ print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4])"""
     assert third in ("[0, 1, 2]", "[0, 1, 2, 3]")  # the last is what lists them
 
 
-def test_a_command_that_cannot_be_run_is_127_or_126(shared: World, tmp_path: Path) -> None:
-    (tmp_path / "plain").write_text("#!/bin/sh\n")
-    (tmp_path / "directory").mkdir()
-    kinds = {"missing-command": 127, "./missing": 127, "./plain": 126, "./directory": 126, "": 127}
-    for words, command in [*itertools.product(["run"], kinds), ("serve", "./missing"), ("serve", "./plain")]:
-        unit = [f"unit-{next(COUNT)}"] if words == "run" else []
-        done = shared.run(words, *unit, "--", command, cwd=str(tmp_path))
-        assert done.returncode == kinds[command], done
+def test_a_command_that_cannot_be_run_is_127_or_126(agent: World) -> None:
+    (agent.directory / "plain").write_text("#!/bin/sh\n")
+    for words, command, code in (
+        ("run a", "missing-command", 127),
+        ("run a", "./missing", 127),
+        ("run a", "./plain", 126),
+        ("run a", "", 127),
+        ("serve", "./missing", 127),
+        ("serve", "./plain", 126),
+    ):
+        done = agent.run(*words.split(), "--", command)
+        assert done.returncode == code, done
         assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr), done
-        if unit:
-            failed = shared.client.status(*unit)
-            assert (failed.status, failed.exit_code) == ("failed", kinds[command]), command
+        if words == "run a":
+            failed = agent.client.status("a")
+            assert (failed.status, failed.exit_code) == ("failed", code), command
             assert f"cannot run {command}" in failed.reason
 
 
@@ -3466,51 +3223,17 @@ def test_the_exit_status_of_a_command_is_returned_even_to_who_ignores_it(
         assert (done.returncode, os.listdir(temporary)) == (code, []), script
 
 
-def test_signals_to_it_or_to_the_whole_group_reach_the_command(shared: World, words: list[str]) -> None:
+def test_signals_reach_the_command(shared: World, words: list[str]) -> None:
     process = shared.popen(*words, "--", *PYTHON, CATCH)
     assert line_of(process.stdout) == "ready\n"
-    for number in SIGNALS[:-1]:
+    for number in SIGNALS:
         process.send_signal(number)
         assert line_of(process.stdout) == f"got {int(number)}\n"
-    os.killpg(process.pid, signal.SIGINT)
-    assert line_of(process.stdout) == "got 2\n"
-    process.terminate()
-    done = finish(process)
-    assert done.returncode == 9 and "got 15\n" in done.stdout
-
-
-def test_a_command_that_is_gone_or_under_nohup_does_not_get_every_signal(shared: World, words: list[str]) -> None:
-    late = "import os; kill = os.kill\ndef gone(*what):\n    kill(*what)\n    raise ProcessLookupError\nos.kill = gone"
-    process = shared.spawn(altered(late, *words, "--", "sleep", "60"))
-    until(lambda: "sleep" in children_of(process.pid).values())
-    process.terminate()
-    assert finish(process).returncode == 143
-    words[1:] = [f"unit-{next(COUNT)}"] * (len(words) > 1)
-    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    script = ["sh", "-c", "echo on; read x; exit 3"]
-    process = shared.popen(*words, "--", *script, preexec_fn=ignore, stdin=subprocess.PIPE)
-    assert line_of(process.stdout) == "on\n"
-    os.killpg(process.pid, signal.SIGHUP)
-    process.communicate("\n", timeout=PATIENCE)
-    assert process.returncode == 3
-
-
-def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[str]) -> None:
-    pid, master = pty.fork()
-    if pid == 0:
-        program = [sys.executable, "-IS", str(FILE), *words, "--", "sh", "-c", "echo on; exec sleep 9"]
-        os.execve(sys.executable, program, shared.env)
-    seen = b""
-    while b"on\r\n" not in seen:
-        seen += os.read(master, 4096)
-    os.close(master)
-    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
+    assert finish(process).returncode == 9
 
 
 def test_a_key_reaches_the_command_once_and_a_signal_from_elsewhere_too(shared: World, words: list[str]) -> None:
-    pid, master = pty.fork()
-    if pid == 0:
-        os.execve(sys.executable, [sys.executable, "-IS", str(FILE), *words, "--", *PYTHON, CATCH], shared.env)
+    pid, master = on_pty(shared, *words, "--", *PYTHON, CATCH)
     shown_on(master, b"ready")
     for key, number in ((b"\x03", 2), (b"\x1c", 3)):
         os.write(master, key)
@@ -3521,6 +3244,23 @@ def test_a_key_reaches_the_command_once_and_a_signal_from_elsewhere_too(shared: 
     shown_on(master, b"got 15")
     assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 9
     os.close(master)
+
+
+def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[str]) -> None:
+    pid, master = on_pty(shared, *words, "--", "sh", "-c", "echo on; exec sleep 9")
+    shown_on(master, b"on\r\n")
+    os.close(master)
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
+
+
+def test_a_signal_that_was_ignored_from_the_start_stays_so(shared: World, words: list[str]) -> None:
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    script = ["sh", "-c", "echo on; read x; exit 3"]
+    process = shared.popen(*words, "--", *script, preexec_fn=ignore, stdin=subprocess.PIPE)
+    assert line_of(process.stdout) == "on\n"
+    os.killpg(process.pid, signal.SIGHUP)
+    process.communicate("\n", timeout=PATIENCE)
+    assert process.returncode == 3
 
 
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
@@ -3537,62 +3277,34 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
 def test_a_run_that_cannot_report_that_it_is_ready_passes_signals_on(world: World) -> None:
     agent = world.serve()
     traps = "trap 'echo ended >> out; exit 3' TERM; echo began >> out; while :; do sleep 0.01; done"
-    process = world.popen("run", "a", "--ready", "file:ready", "--", "sh", "-c", traps)
-    out, ready = world.directory / "out", world.directory / "ready"
+    probe = "test -e ready && : > probed"
+    process = world.popen("run", "a", "--ready", probe, "--", "sh", "-c", traps)
+    out = world.directory / "out"
     until(out.exists)
     stop(agent)
-    ready.touch()
-    time.sleep(1.2)  # longer than from one try to the next
+    (world.directory / "ready").touch()
+    until((world.directory / "probed").exists)
+    at_rest(process.pid)
     process.terminate()
     until(lambda: out.read_text() == "began\nended\n")
     agent.send_signal(signal.SIGCONT)
     assert process.wait(PATIENCE) in (3, 143)
 
 
-@pytest.mark.parametrize(
-    "what", ["rm -r $dir", "mkdir -p $dir/a/b; touch $dir/a/b/c", "rm $NOTIFY_SOCKET"], ids=hyphenated
-)
-def test_what_a_command_does_to_its_private_directory_changes_nothing(shared: World, world: World, what: str) -> None:
-    script = f"dir=${{NOTIFY_SOCKET%/*}}; {what}; exit 7"
-    world.env.update(TMPDIR=str(world.directory), CODER_AGENT_SOCKET_PATH=shared.path)
-    name = f"untidy-{next(COUNT)}"
-    assert world.run("run", name, "--ready", "notify", "--", "sh", "-c", script).returncode == 7
-    assert shared.client.status(name).reason == "ended before it was ready (exit code 7)"
-    world.env["CODER_AGENT_SOCKET_PATH"] = world.path
-    boot = Boot(world, {"a": f"@ready notify\n{script}", "b": "echo b"})
-    boot.ends(1, "b | b\n", "failed: a (ended before it was ready (exit code 7))")
-    assert not list(world.directory.glob("coder-sync-*"))
+def test_what_a_command_does_to_its_private_directory_changes_nothing(agent: World) -> None:
+    agent.env["TMPDIR"] = str(agent.directory)
+    for what in ("rm -r $dir", "mkdir -p $dir/a/b; touch $dir/a/b/c", "rm $NOTIFY_SOCKET"):
+        script = f"dir=${{NOTIFY_SOCKET%/*}}; {what}; exit 7"
+        assert agent.run("run", "a", "--ready", "notify", "--", "sh", "-c", script).returncode == 7
+        assert agent.client.status("a").reason == "ended before it was ready (exit code 7)"
+        assert not list(agent.directory.glob("coder-sync-*"))
 
 
-def test_what_a_try_that_fails_leaves_to_others_does_not_count(shared: World) -> None:
-    name = f"leaves-{next(COUNT)}"
-    script = f"mkdir {name} || exec sh -c 'echo B=2 >> $CODER_SYNC_ENV'; echo A=1 > $CODER_SYNC_ENV; exit 1"
-    words = ["run", name, "--retry", "1", "--retry-delay", "0", "--", "sh", "-c", script]
-    assert shared.run(*words).returncode == 0
-    shared.client.want(f"after-{name}", name)
-    assert shared.client.env(f"after-{name}") == {"B": "2"}
-
-
-def test_a_try_that_cannot_begin_ends_the_run_as_itself(shared: World) -> None:
-    name, late = f"late-{next(COUNT)}", ["--ready", "notify", "--ready-timeout", "100ms", "--retry", "1"]
-    script = "rm $NOTIFY_SOCKET; mkdir $NOTIFY_SOCKET; exec sleep 60"
-    done = shared.run("run", name, *late, "--retry-delay", "0", "--", "sh", "-c", script)
-    assert done.returncode == 125
-    assert f"error: {name}: cannot be probed: {os.strerror(errno.EADDRINUSE)}\n" in done.stderr
-
-
-def test_a_nul_in_the_first_line_ends_it_as_for_the_system(call: Call, world: World) -> None:
-    files = {"a": "#!/bin/sh\0x\n", "b": "#!/bin/\0sh\n", "c": "#!/usr/bin/env sh\0\n"}
-    done = call(world, "boot", "--check", startup(world, files))
-    assert done.returncode == 2 and done.stderr.count("\n") == 2, done
-    assert "b:1: its interpreter /bin/ does not exist or cannot be run" in done.stderr
-
-
-def test_nothing_is_said_to_mean_what_waits_for_it(call: Call, agent: World) -> None:
-    call(agent, "start", "pip-install", "--want", "apt-install", "--timeout", "10ms")
-    said = call(agent, "start", "other", "--want", "apt-install", "--timeout", "10ms").stderr
-    said += call.ok(agent, "why", "pip-install") + call.ok(agent, "why") + call.ok(agent, "status", "pip-install")
-    assert '"apt-install" is not registered' in said and "id you mean" not in said, said
+def test_what_a_try_that_fails_leaves_to_others_does_not_count(agent: World) -> None:
+    script = "mkdir again || exec sh -c 'echo B=2 >> $CODER_SYNC_ENV'; echo A=1 > $CODER_SYNC_ENV; exit 1"
+    agent.ok("run", "a", "--retry", "1", "--retry-delay", "0", "--", "sh", "-c", script)
+    agent.client.want("b", "a")
+    assert agent.client.env("b") == {"B": "2"}
 
 
 def children_of(pid: int) -> dict[int, str]:
@@ -3606,38 +3318,42 @@ def children_of(pid: int) -> dict[int, str]:
     return found
 
 
+ORPHANS = "for i in 1 2 3; do (true & exec true); (sleep 0.01 & exec true); done"
+
+
 @NAMESPACES
-@pytest.mark.parametrize("what", ["serve", "serve --", "run a --"], ids=hyphenated)
-def test_process_1_takes_the_ends_of_orphans_and_obeys_term(shared: World, world: World, what: str) -> None:
-    orphans = "for i in 1 2 3; do (true & exec true); (sleep 0.01 & exec true); done"
-    words = what.split() + (["sh", "-c", f"{orphans}; echo on; sleep 60"] if what != "serve" else [])
-    if what == "run a --":
-        world.env["CODER_AGENT_SOCKET_PATH"] = shared.path
-        words[1] = f"one-{next(COUNT)}"
-    outside = world.spawn(["unshare", "-fp", "--mount-proc", *program(), *words])
-    (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if what != "serve" or serves(world)])
-    if what == "serve":
-        enter = ["nsenter", "-t", str(inside), "-p", "-m", "sh", "-c", orphans]
-        assert finish(world.spawn(enter)).returncode == 0
-    else:
-        assert line_of(outside.stdout) == "on\n"
-    until(lambda: len(children_of(inside)) == (what != "serve"), "neither orphans nor zombies")
+def test_process_1_with_a_command_takes_the_ends_of_orphans_and_obeys_term(shared: World, words: list[str]) -> None:
+    outside = shared.spawn([*UNSHARE, *program(), *words, "--", "sh", "-c", f"{ORPHANS}; echo on; sleep 60"])
+    assert line_of(outside.stdout) == "on\n"
+    (inside,) = children_of(outside.pid)
+    until(lambda: len(children_of(inside)) == 1, "neither orphans nor zombies")
     os.kill(inside, signal.SIGTERM)
-    assert finish(outside).returncode == (0 if what == "serve" else 143)
+    assert finish(outside).returncode == 143
+
+
+@NAMESPACES
+def test_an_agent_as_process_1_takes_the_ends_of_orphans_and_has_all_that_runs_ended(world: World) -> None:
+    outside = world.spawn([*UNSHARE, *program(), "serve", "-q"])
+    (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if serves(world)])
+    enter = ["nsenter", "-t", str(inside), "-p", "-m", "sh", "-c", ORPHANS]
+    assert finish(world.spawn(enter)).returncode == 0
+    until(lambda: children_of(inside) == {}, "neither orphans nor zombies")
+    run = world.connect()
+    assert "result" in run.call("start", unit="job", supervisor=True)
+    os.kill(inside, signal.SIGTERM)
+    assert run.read()["params"]["unit"] == "job"
+    run.request("fail", unit="job")
+    assert finish(outside).returncode == 0
 
 
 @NAMESPACES
 def test_a_proc_of_another_pid_namespace_counts_as_absent(world: World) -> None:
-    (world.directory / "d").mkdir()
-    (world.directory / "d/c").write_text(
-        '#!/bin/sh\n# coder-sync: extern b\necho "$CODER_SYNC_ENV"; sleep 60 & exit 3\n'
-    )
-    (world.directory / "d/c").chmod(0o755)
+    startup(world, {"c": '@extern b\necho "$CODER_SYNC_ENV"; sleep 60 & exit 3'})
     script = """
         coder run a -- sh -c 'echo "$CODER_SYNC_ENV"; echo X=1 >> "$CODER_SYNC_ENV"'
         coder run b --want a -- sh -c 'echo $X'
         coder start owned --pid $$; coder list
-        coder boot d --grace 5s"""
+        coder boot startup.d --grace 5s"""
     done = finish(world.spawn(["unshare", "-fp", *program(), "serve", "--", "sh", "-c", script], env=world.shell_env()))
     first, second, *rest = done.stdout.splitlines()
     assert second == "1" and rest[-1].startswith("c | ") and "/proc/" not in first + rest[-1], done
@@ -3654,30 +3370,23 @@ def test_a_process_of_another_pid_namespace_is_not_taken_for_dead(agent: World) 
     assert agent.client.stop() == ["a"] and finish(run).returncode == 143
 
 
-def test_a_width_of_many_digits_is_no_trouble(agent: World) -> None:
-    agent.ok("timeline", env={**agent.env, "COLUMNS": "9" * 5000})
+GIVE_BACK = """
+import os, signal
+usual = signal.pthread_sigmask(signal.SIG_BLOCK, [15])
+loop = coder_sync.Loop((15, 28))
+os.kill(os.getpid(), {})
+try:
+    loop.give_back()
+finally:
+    unchanged = {{signal.getsignal(number) for number in (15, 28, signal.SIGCHLD)}} == {{signal.SIG_DFL}}
+    print(unchanged, signal.pthread_sigmask(signal.SIG_BLOCK, []) == usual, flush=True)
+"""
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGWINCH, 0)], ids=["TERM", "WINCH"])
-def test_a_signal_that_comes_while_signals_are_given_back_is_not_lost(world: World, number: int, code: int) -> None:
-    program = """import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import coder_sync
-signal.pthread_sigmask(signal.SIG_BLOCK, [15])
-signals = coder_sync.Loop((15, 28))
-os.kill(os.getpid(), int(sys.argv[2]))
-code = 0
-try:
-    signals.give_back()
-except SystemExit as error:
-    code = error.code
-mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-print(code, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, list(map(int, mask)), flush=True)
-signal.pthread_sigmask(signal.SIG_SETMASK, [])
-os.execvp("sh", ["sh", "-c", "kill -TERM $$; echo not reached"])
-"""
-    done = finish(world.spawn([*PYTHON, program, str(HERE), str(int(number))]))
-    assert (done.stdout, done.returncode) == (f"{code} True []\n", -signal.SIGTERM)
+def test_a_signal_that_comes_before_signals_are_given_back_is_not_lost(world: World, number: int, code: int) -> None:
+    done = finish(world.spawn(altered(GIVE_BACK.format(int(number)), "--version")))
+    assert (done.stdout.splitlines()[0], done.returncode) == ("True True", code)
 
 
 # -- supervisors ------------------------------------------------------------------------------------------
@@ -3699,13 +3408,11 @@ def test_a_supervisor_is_told_when_the_agent_is_ready_and_when_it_stops(world: W
         assert finish(agent).returncode == 0
 
 
-def test_a_supervisor_that_is_not_there_is_no_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supervisor_that_is_not_there_is_no_error(world: World) -> None:
     left = str(world.directory / "left")
     listener(left, socket.SOCK_DGRAM).close()
-    for name in ("/no/such/socket", left, "@", f"@coder-sync-{os.getpid()}-nobody"):
-        monkeypatch.setenv("NOTIFY_SOCKET", name)
-        coder_sync.notify("READY=1")
-    world.ok("serve", "--", "true", env={**world.env, "NOTIFY_SOCKET": left})
+    for name in ("/no/such/socket", left, "@"):
+        world.ok("serve", "--", "true", env={**world.env, "NOTIFY_SOCKET": name})
 
 
 def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
@@ -3714,24 +3421,6 @@ def listener(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
     if kind == socket.SOCK_STREAM:
         sock.listen(16)
     return sock
-
-
-def test_what_a_supervisor_has_for_boot_is_for_what_comes_of_it(world: World) -> None:
-    path, scripts = str(world.directory / "supervisor"), startup(world, {"a": "true"})
-    world.env["NOTIFY_SOCKET"] = path
-    server = ["--", "sh", "-c", "echo $((LISTEN_PID - $$)) $LISTEN_FDS; exec ls /dev/fd/3"]
-    with listener(path, socket.SOCK_DGRAM) as supervisor:
-        supervisor.settimeout(PATIENCE)
-        hand_over = 'exec 3< /dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'  # as with a socket
-        done = finish(world.spawn(["sh", "-c", hand_over, "-", *program(), "boot", scripts, *server]))
-        assert (done.returncode, done.stdout) == (0, "0 1\n/dev/fd/3\n"), done
-        boot = world.popen("boot", scripts, "--stay")
-        assert supervisor.recv(1000) == b"READY=1"  # and nothing before: not from the other boot either
-        assert [unit.status for unit in world.client.list()] == ["completed"]
-        assert stopped(boot).returncode == 143
-        supervisor.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            supervisor.recv(1000)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3785,13 +3474,6 @@ b           completed        not registered  false
 on          completed        started         false
 done        ended            completed       true
 ...
-$ status other --column=current_status,required_status,SATISFIED ->
-...
-Ready: true
-
-CURRENT STATUS  REQUIRED STATUS  SATISFIED
-started         started          true
-...
 $ status behind -c 'reason,depends on' ->
 Unit: behind
 Status: skipped
@@ -3834,18 +3516,21 @@ waiting for X1 not registered; ...; X20 not registered; and 2 more
 ...
 exit 124
 $ start git-clone --pid PID -q; want apt disk -q ->
-$ start ide -t 50ms --want gitclone --want git-clone --want apt --want zzz ->
-ide: waiting for gitclone not registered, did you mean "git-clone"?; git-clone started ...; apt ...; zzz not registered
+$ start ide -t 50ms --want gitclone --want git-clone --want apt ->
+ide: waiting for gitclone not registered, did you mean "git-clone"?; git-clone started ...; apt ...
 ! timeout waiting for dependencies of unit ide
 !   gitclone not registered, did you mean "git-clone"?
 !   git-clone started TIME ago by ... (pid PID)
 !   apt pending for TIME, waits for disk
-!   zzz not registered
 exit 124
 $ complete ide -> ide: completed
 $ run apt-install --want apt-instal -t 10ms -- echo ran ->
 ! apt-install: waiting for apt-instal not registered
 ! timeout waiting for dependencies of unit apt-install
+!   apt-instal not registered
+exit 124
+$ start beside --want apt-instal -t 1ms -q ->
+! timeout waiting for dependencies of unit beside
 !   apt-instal not registered
 exit 124
 $ start locked --lock=left --lock right -q ->
@@ -3858,63 +3543,39 @@ $ start second --lock right -> second: started; it has no dependencies
 """
 REFUSALS = """
 $ want a a -> 1: cycle detected: a -> a; a unit cannot depend on itself
-$ want b a -> 1: cycle detected: b -> a -> b
-$ want a b --requires start -> 1: unit "a" wants "b" with requirement success already...
-$ want x '' -> 1: a unit name must not be empty; was a variable unset?
 $ want X256 b -> 1: unit name "xxx...256 bytes long; the limit is 255...
-$ start 'a\tb' -> 1: unit name 'a\\tb' has a character that cannot be printed
 $ start a --want=\udcff -> 1: unit name '\\udcff' has a character that cannot be printed
 $ start on -> 1: unit "on" is already started by ... (pid PARENT)
-$ complete nobody -> 1: unit "nobody" is not registered; call want, start or run on it first
 $ fail dome -> 1: unit "dome" is not registered; call want, start or run on it first; did you mean "done"?
 $ graph dome -> 1: no unit "dome"; did you mean "done"?
-$ graph nobody -> 1: no unit "nobody"; see `coder_sync.py list --all`
 $ fail done -> 1: unit "done" is completed and cannot become failed: ...start it again first
-$ complete bad -> 1: unit "bad" is failed (no disk) and cannot become completed: ...
-$ run on -- true -> 1: unit "on" is already started...
-$ start x --pid 999999999 -> 1: process 999999999 is not alive in the agent's ...
 $ start x --pid -5 -> 2: start: argument --pid: not a whole number from 0 on: '-5' (usage: ...
 $ list --socket-path /\udcff/x -> 3: cannot reach an agent at /\\udcff/x: no such file...
 $ list --socket-path X200 -> 3: cannot reach an agent at X200: AF_UNIX path too long
 $ start behind -> 4: unit "behind" skipped: dependency "bad" failed (no disk)
-$ start new --want behind -> 4: ..."new" skipped: dependency "behind" was skipped: ...no disk...
 $ wait bad -> 4: dependency "bad" failed (no disk)
-$ wait behind -> 4: dependency "behind" was skipped: dependency "bad" failed ...
 $ run behind -- echo ran -> 4: unit "behind" skipped: ...
 $ ; --socket-path -> 2: which command? want, start, ...; options follow it; see `coder_sync.py --help`
 $ --quiet start a -> 2: '--quiet': which command? want, start, ...; options follow it; see `coder_sync.py --help`
 $ frobnicate; help frobnicate -> 2: no such command: 'frobnicate'; there are want, start, ...
 $ stat -> 2: no such command: 'stat'; did you mean "start"?
-$ \udcff -> 2: no such command: '\\udcff'; there are ...
 $ X500 -> 2: no such command: 'X59; there are ...
 $ exp list -> 2: after exp comes sync, as in `exp sync start UNIT`
 $ start a --\udcff=x -> 2: start: no such option: '--\\udcff' (usage: coder_sync.py start UNIT [OPTION]...)
-$ start a --requires \udcff -> 2: start: argument --requires: invalid choice: '\\udcff' (choose from ...
 $ start a --requires start -> 2: --requires is about the units of --want, ...
-$ status a -c colour -> 2: no such column: ...
 $ list -c unit,,status -> 2: no such column: ...
 $ wait -> 2: wait: name a unit, or what is to be --ready
 $ wait --ready notify -> 2: wait: --ready notify is for `run`: it is the command of a unit that says so
 $ run a --ready '' -- true -> 2: ready: what is to be probed is missing
 $ run a --ready-timeout 5m -- true -> 2: run: --ready-timeout without --ready
 $ run a --retry-delay 1s -- true -> 2: run: --retry-delay without --retry
-$ run a --retry=-1 -- true -> 2: run: argument --retry: not a whole number from 0 on: '-1' (usage: ...
-$ run a --lock '' -- true -> 1: a lock name must not be empty; was a variable unset?
 $ timeline --blame -o json; timeline --compare x -o json -> 2: --output is the form of the timeline itself; ...
-$ serve --group 99999999999999999999 -> 2: serve: argument --group: no such group: '99999999999999999999' (...
-$ serve --detach -- true -> 2: --detach and -- COMMAND exclude each other: the agent ends with the command
 $ serve --timeline x.pdf -> 2: serve: argument --timeline: x.pdf: the name must end in .svg, .json or .txt (...
 $ start -> 2: start: the following arguments are required: UNIT (usage: coder_sync.py start UNIT [OPTION]...)
 $ start a b -> 2: start: unexpected 'b' (usage: ...
-$ want a -> 2: want: the following arguments are required: DEP (usage: coder_sync.py want UNIT DEP... [OPTION]...)
-$ run a --retry 3 2s -- true -> 2: run: unexpected '2s' (usage: ...
 $ run a sh -> 2: run: unexpected 'sh'; did you forget -- before the command? (usage: ...
 $ run a; run a -- -> 2: run: a command must follow -- (usage: coder_sync.py run UNIT [OPTION]... -- COMMAND ARG...)
 $ serve -- -> 2: serve: a command must follow -- (usage: coder_sync.py serve [OPTION]... [-- COMMAND ARG...])
-$ boot nowhere -- true ->
-! error: nothing was run:
-! nowhere: ...
-exit 2
 $ boot nowhere sleep 1 ->
 ! error: nothing was run:
 ...
@@ -3922,11 +3583,9 @@ $ boot nowhere sleep 1 ->
 exit 2
 $ start a --timeout soon; start a -tsoon -> 2: start: argument -t/--timeout: invalid duration 'soon': write ...
 $ want a b --requires X500 -> 2: want: argument --requires: invalid choice: 'xxx...
-$ completion ksh -> 2: completion: argument SHELL: invalid choice: 'ksh' (choose from ...
 $ complete a --exit-code; fail a --reason -x -> 2: ...: expected one argument (usage: ...
 $ start a --quiet=yes; start a -qx -> 2: start: ... (usage: ...
 $ start a --wants b -> 2: start: no such option: '--wants'; did you mean "--want"? (usage: ...
-$ start a --X500 -> 2: start: no such option: '--X37 (usage: ...
 """
 
 
@@ -3986,14 +3645,10 @@ def test_a_refusal_is_one_line_and_changes_nothing(call: Call, mixed: World) -> 
 
 FORMS = """
 exp sync want u a b
-want --connect-timeout 1s u a b
 want u --connect-timeout=1s a b -q
-want u a --requires=success b
 want --requires success -- u a b
-want -q u -- a b
 --connect-timeout 1s want u a b
 exp sync --connect-timeout=1s want --connect-timeout 0 u a b
---connect-timeout 5s --socket-path /x exp sync --connect-timeout 1s want u a b
 --socket-path=/x exp sync exp sync want u a b
 """
 
@@ -4007,8 +3662,7 @@ def test_options_may_stand_before_among_and_after_the_names() -> None:
 
 
 def test_a_start_that_waits_says_for_what_again_and_again_and_then_that_it_is_done(world: World) -> None:
-    world.spawn(altered("coder_sync.REPORT_EVERY = 0.02", "serve"), stderr=subprocess.DEVNULL)
-    world.client.ping(wait=PATIENCE)
+    answering(world, altered("coder_sync.REPORT_EVERY = 0.02", "serve", "-q"))
     world.client.start("clone")
     process = world.popen("start", "a", "--want", "clone", "--want", "apt", "--timeout", "0")
     started = f"clone started TIME ago by ... (pid {os.getppid()})"
@@ -4027,17 +3681,14 @@ def test_a_start_that_waits_says_for_what_again_and_again_and_then_that_it_is_do
 def test_a_probe_that_does_not_succeed_is_spoken_of_now_and_then(world: World) -> None:
     sooner = "coder_sync.FIRST_REPORT, coder_sync.REPORT_EVERY = 0.02, 0.01"
     world.serve()
-    run = world.spawn(altered(sooner, "run", "a", "--ready", "file:up", "--ready-timeout", "2s", "--", "sleep", "60"))
+    run = world.spawn(altered(sooner, "run", "a", "--ready", "file:up", "--ready-timeout", "1s", "--", "sleep", "60"))
     wait = world.spawn(altered(sooner, "wait", "--ready", "file:up", "--timeout", "1s"))
     for _ in range(2):  # at first the first try may not have ended
         until(lambda: as_written("a: not ready after TIME: file:up (no such file)\n", line_of(run.stderr)))
         until(lambda: as_written("still waiting after TIME for file:up (no such file)\n", line_of(wait.stdout)))
-    for process, last in (
-        (run, "error: a: not ready after 2.0s: file:up (no such file)\n"),
-        (wait, "  file:up: no such file\n"),
-    ):
-        done = finish(process)
-        assert done.returncode == 124 and done.stderr.endswith(last), done
+    ends = "error: a: not ready after 1.0s: file:up (no such file)\n", "  file:up: no such file\n"
+    for done, end in zip((finish(run), finish(wait)), ends):
+        assert done.returncode == 124 and done.stderr.endswith(end), done
 
 
 def test_a_plain_call_imports_nothing_that_costs_more_than_the_call(agent: World) -> None:
@@ -4053,48 +3704,45 @@ def test_a_plain_call_imports_nothing_that_costs_more_than_the_call(agent: World
 def test_env_prints_what_a_shell_takes_back(call: Call, agent: World, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"A": "it's $HOME `id` \\ \"", "B_2": "two\nlines", "C": ""}
     agent.client.want("a", "b")
-    agent.connect().call("start", unit="b")
+    agent.client.start("b")
     agent.connect().call("complete", unit="b", env=values)
     out = call.ok(agent, "env", "a")
     done = finish(agent.spawn(["sh", "-c", 'eval "$1"; printf "%s|" "$A" "$B_2" "$C"', "sh", out]))
     assert (done.stdout, done.stderr) == ("|".join([*values.values(), ""]), "")
-    for name in ("x y", "$(exit)", "1a", "", "\u00e4"):
+    for name in ("$(exit)", "1a", "", "\u00e4"):
         monkeypatch.setattr(Client, "env", lambda client, unit, name=name: {"GOOD": "1", name: "2"})
         play(call, agent, "$ env a -> 1: the agent knows a variable that no shell can take: ...\n")
 
 
 def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> None:
-    def facts(row: dict[str, Any], *keys: str) -> tuple[Any, ...]:
-        return tuple(row[key] for key in keys)
+    def rows(text: str, *keys: str) -> list[list[Any]]:
+        return [[row[key] for key in keys] for row in json.loads(text)]
 
-    assert json.loads(call.ok(agent, "list", "-o", "json")) == []
-    agent.client.want("table", "nobody")
+    assert call.ok(agent, "list", "-o", "json") == "[]\n"
     agent.client.start("\u00e4", pid=os.getpid())
-    agent.end("a")
-    assert agent.run("run", "bad", "--quiet", "--", "sh", "-c", "exit 9").returncode == 9
-    agent.client.want("table", "\u00e4", requires="start")
-    agent.client.want("table", "bad", requires="completion")
+    agent.client.start("bad")
+    agent.client.complete("bad", exit_code=9)
+    for unit, requires in (("nobody", "success"), ("\u00e4", "start"), ("bad", "completion")):
+        agent.client.want("table", unit, requires=requires)  # type: ignore[arg-type]
     text = call.ok(agent, "list", "-o", "json")
-    rows = json.loads(text)
     assert '"\u00e4"' in text  # for people, too
-    assert [facts(row, "unit_name", "status", "is_ready", "reason", "exit_code") for row in rows] == [
-        ("a", "completed", True, "", 0),
-        ("bad", "failed", True, "exit code 9", 9),
-        ("table", "pending", False, "", None),
-        ("\u00e4", "started", True, "", None),
+    assert rows(text, "unit_name", "status", "is_ready", "reason", "exit_code") == [
+        ["bad", "failed", True, "exit code 9", 9],
+        ["table", "pending", False, "", None],
+        ["\u00e4", "started", True, "", None],
     ]
-    assert (rows[2].get("dependencies"), rows[2]["owner"]) == (None, None)  # not []: it has some
-    assert rows[3]["owner"].keys() == {"pid", "command", "alive"} and rows[3]["owner"]["pid"] == os.getpid()
-    status = json.loads(call.ok(agent, "status", "table", "--output", "json"))
-    assert facts(status, "unit_name", "status", "is_ready") == ("table", "pending", False)
-    keys = ("depends_on", "required_status", "current_status", "is_satisfied")
-    assert [facts(dependency, *keys) for dependency in status["dependencies"]] == [
-        ("nobody", "completed", "not registered", False),
-        ("\u00e4", "started", "started", True),
-        ("bad", "ended", "failed", True),
+    (_, none), (_, owner) = [[row.get("dependencies"), row["owner"]] for row in json.loads(text)[1:]]
+    assert none is None and owner.keys() == {"pid", "command", "alive"} and owner["pid"] == os.getpid()
+    status = call.ok(agent, "status", "table", "--output", "json")
+    assert rows(f"[{status}]", "unit_name", "status", "is_ready") == [["table", "pending", False]]
+    dependencies = json.dumps(json.loads(status)["dependencies"])
+    assert rows(dependencies, "depends_on", "required_status", "current_status", "is_satisfied") == [
+        ["nobody", "completed", "not registered", False],
+        ["\u00e4", "started", "started", True],
+        ["bad", "ended", "failed", True],
     ]
-    status = json.loads(call.ok(agent, "status", "nobody knows it", "-o", "json"))
-    assert facts(status, "status", "is_ready") == ("not registered", True)
+    status = call.ok(agent, "status", "nobody knows it", "-o", "json")
+    assert rows(f"[{status}]", "status", "is_ready") == [["not registered", True]]
 
 
 def test_a_timeout_says_that_who_started_a_dependency_is_no_longer_running(call: Call, agent: World) -> None:
@@ -4104,14 +3752,6 @@ def test_a_timeout_says_that_who_started_a_dependency_is_no_longer_running(call:
     agent.client.complete("dep")
     assert agent.status("a") == "pending"  # it is not started later
     assert "started" not in kinds_of(agent, "a")
-
-
-def test_a_wait_takes_the_ends_of_the_probes_that_it_tries(world: World) -> None:
-    tries = world.directory / "tries"
-    process = world.popen("wait", "--ready", "echo >> tries; false", "--timeout", "30s")
-    until(lambda: tries.exists() and tries.stat().st_size > 2)
-    until(lambda: not [name for name in children_of(process.pid).values() if name.startswith("+")])
-    process.kill()
 
 
 def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
@@ -4129,33 +3769,18 @@ def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
         until(lambda file=file: not any(alive(int(pid)) for pid in file.read_text().split()), f"no try for {how}")
 
 
-def test_what_a_wait_has_just_begun_to_try_ends_with_it(world: World) -> None:
-    changes = """
-import os, threading, time
-class Thread(threading.Thread):
-    def start(self):
-        super().start()
-        while not (os.path.exists("pid") and os.path.getsize("pid")):
-            time.sleep(0.01)
-        os.kill(os.getpid(), 15)
-threading.Thread = Thread"""
-    done = finish(world.spawn(altered(changes, "wait", "--ready", "echo $$ > pid; sleep 60")))
-    assert done.returncode == 143, done
-    until(lambda: not alive(int((world.directory / "pid").read_text())))
-
-
 def test_wait_waits_for_all_and_ends_at_once_when_one_fails(agent: World) -> None:
-    processes = [agent.popen("wait", *names) for names in (["a", "b"], ["b", "c", "d"])]
-    assert line_of(processes[0].stdout) == "waiting for a not registered; b not registered\n"
-    line_of(processes[1].stdout)
+    succeeds, fails = (agent.popen("wait", *names) for names in (["a", "b"], ["b", "c", "d"]))
+    assert line_of(succeeds.stdout) == "waiting for a not registered; b not registered\n"
+    line_of(fails.stdout)
     agent.end("b")
-    assert [process.poll() for process in processes] == [None, None]
+    assert [succeeds.poll(), fails.poll()] == [None, None]
     agent.end("a")
-    done = finish(processes[0])
+    done = finish(succeeds)
     assert (done.returncode, done.stdout[:10], done.stderr) == (0, "a, b: done", "")
     agent.client.want("c")
     agent.client.fail("c", "no disk")
-    done = finish(processes[1])
+    done = finish(fails)
     assert (done.returncode, done.stderr) == (4, 'error: dependency "c" failed (no disk)\n')
     assert [u.unit_name for u in agent.client.list(everything=True)] == ["a", "b", "c"]
 
@@ -4189,18 +3814,17 @@ time.sleep = first"""
 
 
 def test_a_call_begun_before_its_agent_succeeds_also_beside_the_socket_of_a_dead_one(world: World) -> None:
-    limit = ["--connect-timeout", "30s"]
+    world.env["CODER_SYNC_CONNECT_TIMEOUT"] = "30s"
 
-    def tried(*words: str, **env: str) -> subprocess.Popen[str]:
-        process = world.spawn(altered(BOOTING, *words), env={**world.env, **env})
+    def tried(line: str) -> subprocess.Popen[str]:
+        process = world.spawn(altered(BOOTING, *line.split()))
         assert line_of(process.stdout) == "tried\n"
         return process
 
-    processes = [tried("start", "a", *limit), tried("list", *limit)]
+    processes = [*map(tried, ("start a", "list --connect-timeout 20s"))]
     with socket.socket(socket.AF_UNIX) as dead:  # it never listened: nobody could have reached it
         dead.bind(world.path)
-    processes += [tried("want", "b", "c", *limit), tried("ping", "--wait", "30s")]
-    processes.append(tried("ping", CODER_SYNC_CONNECT_TIMEOUT="30s"))
+    processes += map(tried, ("want b c", "ping --wait 30s", "ping"))
     world.serve()
     assert [finish(process).returncode for process in processes] == [0] * 5
 
@@ -4218,9 +3842,6 @@ def test_what_there_is_instead_of_an_agent_is_said(call: Call, world: World) -> 
     Path(world.path).write_text("x")
     play(call, world, NO_AGENT.format("not a socket; is the path right?"))
     os.unlink(world.path)
-    os.mkdir(world.path)
-    play(call, world, NO_AGENT.format("not a socket; is the path right?"))
-    os.rmdir(world.path)
     with listener(world.path) as sock:
         sock.listen(0)
         queued = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(5)]
@@ -4246,18 +3867,17 @@ def test_a_socket_that_one_may_not_use_names_its_owner_at_once(world: World) -> 
 @contextlib.contextmanager
 def foreign_agent(world: World, uid: int = 65534) -> Iterator[str]:
     """An agent of another user for everybody at what is the default path with the statement that is given."""
-    with open_directory() as directory:
-        os.chmod(directory, 0o777)
+    with open_directory(0o777) as directory:
         world.path = f"{directory}/agent.sock"
         world.env["CODER_AGENT_SOCKET_PATH"] = world.path
-        answering(world, stranger("serve", "--mode", "666", uid=uid), env=world.env)
+        answering(world, stranger("serve", "--mode", "666", uid=uid))
         yield f"coder_sync.DEFAULT_SOCKET = {world.path!r}"
 
 
 @ROOT
 def test_at_the_default_path_an_agent_is_ones_own_or_roots(world: World) -> None:
     def starts(uid: int, changes: str = "") -> None:
-        done = finish(world.spawn(stranger("start", f"a{next(COUNT)}", uid=uid, changes=changes), env=world.env))
+        done = finish(world.spawn(stranger("start", f"a{next(COUNT)}", uid=uid, changes=changes)))
         assert (done.returncode, done.stderr) == (0, "")
 
     with foreign_agent(world) as default:
@@ -4269,7 +3889,7 @@ def test_at_the_default_path_an_agent_is_ones_own_or_roots(world: World) -> None
         script.write_text("#!/bin/sh\n")
         script.chmod(0o755)
         for words in (["start", "a"], ["list"], ["boot", str(script)]):
-            done = finish(world.spawn(stranger(*words, uid=1, changes=default), env=world.env))
+            done = finish(world.spawn(stranger(*words, uid=1, changes=default)))
             assert done.returncode == 3
             assert done.stderr.endswith(" belongs to nobody, not to you or root; choose another --socket-path\n")
     with foreign_agent(world, uid=0) as default:
@@ -4289,10 +3909,9 @@ def test_root_takes_no_variables_from_an_agent_of_another_user(world: World) -> 
         world.ok("run", "evil", "--", "sh", "-c", leave)
         world.ok("want", "a", "evil")
         for changes in ("", default):
-            told(world.spawn(altered(changes, "env", "a"), env=world.env), "")
-            unit = f"run-{next(COUNT)}"
-            run = altered(changes, "run", unit, "--want", "evil", "--", "sh", "-c", "echo got $CODE")
-            told(world.spawn(run, env=world.env), "got\n")
+            told(world.spawn(altered(changes, "env", "a")), "")
+            run = ["run", f"run-{next(COUNT)}", "--want", "evil", "--", "sh", "-c", "echo got $CODE"]
+            told(world.spawn(altered(changes, *run)), "got\n")
         script = "# coder-sync: want evil\n# coder-sync: extern evil\necho got $CODE"
         scripts = {"b": script, "d": "# coder-sync: want b\n" + script}
         told(Boot(world, scripts).process, "b | got\nd | got\n")
@@ -4307,7 +3926,6 @@ def test_root_takes_no_variables_from_an_agent_of_another_user(world: World) -> 
 IMPOSTORS = {
     "does not speak our protocol...": [
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
-        b'{"hello": "world"}\n',
         b"[1, 2]\n",
         b"\xff\xfe\x00\n",
         b"[" * 60_000 + b"\n",
@@ -4331,13 +3949,15 @@ def test_what_is_no_agent_of_ours_is_said_to_be_none_or_to_hang_up(call: Call, w
             assert done.returncode in (0, 1, 3)
 
 
+SOON = "coder_sync.NAMED_AFTER, coder_sync.REPLY_TIMEOUT, coder_sync.REPORT_EVERY = 0.6, 2.0, 0.8"
 WAITING = ["start a --want b -t 0", "wait b -t 0", "run c --want b -t 0 -- true", "events --follow"]
+ASKING = ["ping", "list", "complete b", "want b d", "events", "env b", "reset", "shutdown", "run d --optional -- true"]
 
 
 def waiting(world: World, under: Sequence[str] = ()) -> list[subprocess.Popen[str]]:
     """Commands that wait for something of the agent, and have said so."""
     world.client.want("b")
-    processes = [world.spawn([*under, *altered(SOON, *line.split())], env=world.env) for line in WAITING]
+    processes = [world.spawn([*under, *altered(SOON, *line.split())]) for line in WAITING]
     for process, pipe in zip(processes, ("stdout", "stdout", "stderr", "stdout")):
         assert line_of(getattr(process, pipe))
     return processes
@@ -4352,50 +3972,37 @@ def test_a_client_that_waits_ends_with_its_agent(world: World) -> None:
         assert done.returncode == 3 and re.search("^error: .*went away.*\n$", done.stderr)
 
 
-SOON = "coder_sync.NAMED_AFTER, coder_sync.REPLY_TIMEOUT, coder_sync.REPORT_EVERY = 0.6, 2.0, 0.8"
-ASKING = ("ping", "list", "complete b", "want b d", "events", "env b", "reset", "shutdown", "run d --optional -- true")
-
-
-@pytest.mark.parametrize("is_agent", [True, False], ids=["a-stopped-agent", "another-program"])
-def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World, is_agent: bool) -> None:
-    with contextlib.ExitStack() as at_end:
-        if is_agent:
-            agent = world.serve()
-            stop(agent)
-        else:
-            at_end.enter_context(listener(world.path)).listen()
-        lines = [*WAITING, *ASKING]
-        processes = [world.spawn(altered(SOON, *line.split()), env=world.env) for line in lines]
-        who = re.escape(f"the agent at {world.path} (pid {agent.pid if is_agent else os.getpid()}) has not answered")
+def test_who_says_nothing_is_named_and_then_taken_for_gone(world: World) -> None:
+    with listener(world.path):
+        processes = {line: world.spawn(altered(SOON, *line.split())) for line in (*WAITING, *ASKING)}
+        who = re.escape(f"the agent at {world.path} (pid {os.getpid()}) has not answered")
         said = (
             f"warning: {who} for 1 s; is it stopped[?]\n(error|warning: d: runs.*): {who} for 2 s; is it stopped[?]\n"
         )
-        for line, process in zip(lines, processes):
+        for line, process in processes.items():
             done = finish(process)
             assert done.returncode == (0 if "--optional" in line else 3), line
             assert re.fullmatch(said, done.stderr), line
 
 
 def test_an_agent_that_does_not_end_when_told_to_is_named(world: World) -> None:
-    agent = answering(
-        world, altered("coder_sync.METHODS['shutdown'] = lambda agent, request: {}", "serve"), env=world.env
-    )
-    done = finish(world.spawn(altered(SOON, "shutdown"), env=world.env))
+    deaf = "coder_sync.METHODS['shutdown'] = lambda agent, request: {}"
+    agent = answering(world, altered(deaf, "serve"))
+    done = finish(world.spawn(altered(SOON, "shutdown")))
     said = f"error: the agent at {world.path} (pid {agent.pid}) was told to end 2 s ago and has not; is it stopped?\n"
     assert (done.returncode, done.stderr) == (3, said)
 
 
 def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -> None:
-    agent = world.serve()
-    stop(agent)
-    asks = f"{SOON}\nchannel = coder_sync.Channel({world.path!r})\n"
-    asks += "for _ in range(9): channel.request('want', unit='x' * 60000)"
-    said = finish(world.spawn(altered(asks))).stderr
-    assert said.endswith(f"(pid {agent.pid}) has not answered for 2 s; is it stopped?\n")
+    with listener(world.path):
+        asks = f"{SOON}\nchannel = coder_sync.Channel({world.path!r})\n"
+        asks += "for _ in range(9): channel.request('want', unit='x' * 60000)"
+        said = finish(world.spawn(altered(asks))).stderr
+    assert said.endswith(f"(pid {os.getpid()}) has not answered for 2 s; is it stopped?\n")
 
 
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
-    agent = answering(world, altered(SOON, "serve", "-q"), env=world.env)
+    agent = answering(world, altered(SOON, "serve", "-q"))
     processes = waiting(world)
     for _ in range(5):  # until it has been silent for longer than REPLY_TIMEOUT, as is normal
         assert "waiting after" in line_of(processes[0].stdout)
@@ -4406,9 +4013,6 @@ def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
         assert done.returncode == 3
         said = [line for line in done.stderr.splitlines() if "still waiting" not in line]
         assert [line.partition(": the agent at")[0] for line in said] == ["warning", "error"]
-
-
-SIGNALLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 @NAMESPACES
@@ -4427,6 +4031,9 @@ def test_without_proc_the_client_says_who_called_it(world: World) -> None:
     assert world.status("a") == "completed"
 
 
+SIGNALLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
 def test_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
     for number in SIGNALLED:
         for process in waiting(agent):
@@ -4434,39 +4041,14 @@ def test_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
     served(agent)
 
 
-def child_of(process: subprocess.Popen[str]) -> int:
-    """The first child of a process."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return until(lambda: int((children.read_text().split() or ["0"])[0]))
-
-
-def has_a_socket(pid: int) -> bool:
-    """Whether a process has one open, so that it has begun to do something."""
-    with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
-        return any(os.readlink(path).startswith("socket:") for path in Path(f"/proc/{pid}/fd").iterdir())
-    return False
-
-
 @NAMESPACES
-def test_as_process_1_a_client_that_waits_ends_at_a_signal(world: World) -> None:
-    agent = world.serve()
+def test_as_process_1_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
     for number in SIGNALLED:
-        for process in waiting(world, UNSHARE):
-            os.kill(child_of(process), number)
+        for process in waiting(agent, UNSHARE):
+            (inside,) = children_of(process.pid)
+            os.kill(inside, number)
             done = finish(process)
             assert (done.returncode, done.stderr) == (128 + number, "")
-        tried = world.directory / f"tried-{number}"
-        process = world.spawn([*UNSHARE, *program(), "wait", "--timeout", "0", "--ready", f"touch {tried}; sleep 60"])
-        until(tried.exists)
-        os.kill(child_of(process), number)
-        assert process.wait(5) == 128 + number
-    stop(agent)
-    for line in ASKING:
-        process = world.spawn([*UNSHARE, *program(), *line.split()])
-        child = child_of(process)
-        until(lambda child=child: has_a_socket(child))
-        os.kill(child, signal.SIGTERM)
-        assert process.wait(5) == 143, line
 
 
 # -- standard streams -------------------------------------------------------------------------------------
@@ -4483,9 +4065,12 @@ def test_a_reader_that_goes_away_is_no_error(agent: World) -> None:
             assert process.stderr.read() == ""  # type: ignore[union-attr]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@FULL
 def test_an_answer_that_cannot_be_written_is_an_error(mixed: World) -> None:
-    for line in ("list", "status a", "timeline", "events", "ping", "--help", "--version"):
+    for line in ("status a", "events", "--help", "--version"):
         with open("/dev/full", "w", encoding="ascii") as full:
             done = mixed.run(*line.split(), stdout=full)
         assert done.returncode == 1
@@ -4496,11 +4081,11 @@ CALLS = ["want a b", "start b", "complete b", "wait b", "start a", "run c -- tru
 
 
 @pytest.mark.parametrize(
-    "output", ["> /dev/full 2> /dev/full", ">&-", "<&- >&- 2>&-"], ids=["full", "one-closed", "all-closed"]
+    "output",
+    [pytest.param("> /dev/full 2> /dev/full", marks=FULL), ">&-", "<&- >&- 2>&-"],
+    ids=["full", "one-closed", "all-closed"],
 )
 def test_what_is_done_is_done_even_if_nobody_can_read_it(agent: World, output: str) -> None:
-    if "full" in output and not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
     done = agent.shell("".join(f"coder {words} {output}\necho $?\n" for words in CALLS))
     codes = [0, 0, 0, 0, 0, 0, 1] + ([1, 1] if "full" in output else [0, 0])
     assert [int(code) for code in done.stdout.split()] == codes
@@ -4516,10 +4101,10 @@ def test_names_and_values_are_the_same_bytes_in_a_locale_of_another_encoding(wor
     world.env.update(LOCPATH=str(world.directory), LC_ALL=name)
     sets = "echo A=\u00e4\u20ac >> $CODER_SYNC_ENV; echo $CODER_SYNC_UNIT"
     path = startup(world, {"10-\u00e9.sh": f"@lock \u00fc\n{sets}", "x": "@want \u00e9\necho $A; $SYNC env x"})
-    expected = "\u00e9 | \u00e9\nx | \u00e4\u20ac\nx | export A='\u00e4\u20ac'\n"
-    for program in (FILE, installed()):
-        done = finish(world.spawn([sys.executable, str(program), "boot", path], encoding="utf-8"))
-        assert (done.returncode, done.stdout) == (0, expected), done
+    done = finish(world.spawn([sys.executable, str(FILE), "boot", path], encoding="utf-8"))
+    assert (done.returncode, done.stdout) == (0, "\u00e9 | \u00e9\nx | \u00e4\u20ac\nx | export A='\u00e4\u20ac'\n"), (
+        done
+    )
 
 
 def test_names_are_written_in_any_locale(mixed: World) -> None:
@@ -4573,8 +4158,6 @@ def test_run_of_a_command_that_fails_fails_the_unit_and_skips_what_requires_it(a
     done = finish(waiting)
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr.endswith('error: unit "b" skipped: dependency "a" failed (exit code 100)\n')
-    with pytest.raises(DependencyFailed, match=r'"b" was skipped: dependency "a" failed \(exit code 100\)'):
-        agent.client.start("c", want=["b"])
 
 
 def test_a_command_gets_the_whole_socket_path_with_an_agent_or_optionally_without(agent: World) -> None:
@@ -4610,14 +4193,20 @@ def test_a_run_whose_unit_others_complete_between_two_tries_ends(agent: World) -
     assert finish(run).returncode == 1 and agent.status("a") == "completed"
 
 
-def test_a_run_whose_command_completes_the_unit_does_not_wait_for_what_it_leaves(agent: World) -> None:
-    script = f"{' '.join(map(shlex.quote, [*program(), 'complete', 'a', '-q']))}; sleep 60 & echo $!; exec true"
-    process = agent.popen("run", "a", "--", "sh", "-c", script)
-    left = int(line_of(process.stdout))
-    try:
-        assert process.wait(PATIENCE) == 0 and agent.status("a") == "completed"
-    finally:
-        os.kill(left, signal.SIGKILL)
+def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
+    run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
+    assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
+    done, reason = stopped(run), "stopped between two tries; exit code 1"
+    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
+
+
+@pytest.mark.parametrize("first", ["", "coder complete a -q; "], ids=["completed-by-run", "completed-by-itself"])
+def test_a_run_does_not_wait_for_what_its_command_leaves(agent: World, first: str) -> None:
+    script = f"{first}sleep 60 & echo $!; exec true"
+    run = agent.popen("run", "a", "--", "sh", "-c", script, env=agent.shell_env())
+    left = int(line_of(run.stdout))
+    assert run.wait(PATIENCE) == 0 and agent.status("a") == "completed" and alive(left)
+    os.kill(left, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("completed", ["by-a-probe", "by-others", ""])
@@ -4671,8 +4260,10 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
     agent.waiting("b")
     if dies == "both":
         stop(process)  # so that it cannot report its command's end
-    for victim in {"run": [process.pid], "command": [pid], "both": [pid, process.pid]}.get(dies, [process.pid]):
-        os.kill(victim, signal.SIGKILL)
+    if dies in ("command", "both"):
+        os.kill(pid, signal.SIGKILL)
+    if dies != "command":
+        process.kill()
     done, failed = finish(waiting), agent.client.status("a")
     assert (done.returncode, done.stderr) == (4, f'error: unit "b" skipped: dependency "a" failed ({failed.reason})\n')
     if dies == "command":
@@ -4682,41 +4273,6 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
     if dies == "run":
         assert alive(pid)  # and does not hold the unit
         os.kill(pid, signal.SIGKILL)
-
-
-def test_a_command_that_leaves_a_child_or_closes_its_streams_is_done_when_it_ends_itself(agent: World) -> None:
-    read, write = os.pipe()
-    code = "import os, sys; os.fork() or os.execvp(sys.argv[1], sys.argv[1:]); os._exit(0)"
-    argv = [*PYTHON, code, *PYTHON, HANG.replace("write(1", f"write({write}")]
-    process = agent.popen("run", "a", "--", *argv, pass_fds=[write], stdout=subprocess.DEVNULL)
-    assert process.wait(PATIENCE) == 0  # not: until the child lets go of the pipes
-    os.close(write)
-    assert agent.status("a") == "completed"
-    with open(read, encoding="ascii") as pipe:
-        os.kill(int(pipe.readline()), signal.SIGKILL)
-    assert agent.run("run", "b", "--", "sh", "-c", "exec <&- >&- 2>&-; exit 4").returncode == 4
-    assert agent.client.status("b").exit_code == 4
-
-
-@LINUX
-def test_a_run_stops_with_its_terminals_group_and_goes_on(agent: World) -> None:
-    job = """import os, sys
-job = os.fork()
-if not job:
-    os.setpgid(0, 0)
-    os.execv(sys.argv[1], sys.argv[1:])
-os.write(1, b"%d\\n" % job)
-os.waitpid(job, 0)"""  # what a shell with job control does; a group without a parent in its session would not stop
-    shell = agent.spawn([*PYTHON, job, sys.executable, "-IS", str(installed()), "run", "a", "--", *PYTHON, HANG])
-    run, pid = sorted(int(line_of(shell.stdout)) for _ in range(2))
-    os.killpg(run, signal.SIGTSTP)
-    for one in (run, pid):
-        until(lambda one=one: process_state(one) == "T", "stopped")
-    assert agent.status("a") == "started"
-    os.killpg(run, signal.SIGCONT)
-    os.kill(pid, signal.SIGTERM)
-    assert finish(shell).returncode == 0
-    assert agent.client.status("a").reason == "killed by signal 15"
 
 
 @LINUX
@@ -4763,10 +4319,6 @@ def test_a_script_that_ends_fails_its_unit_unless_it_has_completed_it(agent: Wor
     until(lambda: agent.status("b") == "failed")  # by then the end of the first was seen as well
     assert "ended without completing" in agent.client.status("b").reason
     assert agent.status("a") == "completed"
-    for unit, end, reason in (("c", "exit 0", ""), ("d", "exit 7", "exit code 7"), ("e", "no-such", "exit code 127")):
-        agent.shell(f"set -e; trap 'coder complete {unit} --exit-code $?' EXIT; coder start {unit}; {end}")
-        found = agent.client.status(unit)
-        assert (found.status, found.reason) == ("failed" if reason else "completed", reason)
 
 
 def test_where_an_agent_cannot_find_out_who_called_a_client_says_it(world: World) -> None:
@@ -4789,32 +4341,12 @@ def test_a_pid_that_is_not_alive_is_refused(mixed: World) -> None:
     assert mixed.status("never") == "not registered"
 
 
-def test_an_agent_stopped_and_continued_loses_nothing(world: World) -> None:
-    agent = world.serve()
-    dying, pid = held(world, "dying")
-    waiting = world.popen("start", "behind", "--want", "a", "--want", "b")
-    world.waiting("behind")
-    stop(agent)
-    for victim in (dying.pid, pid):
-        os.kill(victim, signal.SIGKILL)
-    calls = [world.popen(*words) for words in (["run", "a", "--", "true"], ["start", "b"])]
-    late = world.popen("start", "late", "--want", "dying")
-    agent.send_signal(signal.SIGCONT)
-    assert [finish(call).returncode for call in (*calls, late)] == [0, 0, 4]
-    world.client.complete("b")
-    assert finish(waiting).returncode == 0
-    found = {u.unit_name: u.status for u in world.client.list()}
-    expected = {"a": "completed", "b": "completed", "behind": "started", "dying": "failed", "late": "skipped"}
-    assert found == expected
-
-
-@pytest.mark.parametrize("how", [stop, killed])
-def test_a_run_says_what_an_agent_was_not_told_and_waits_for_it_once(world: World, gate: Gate, how: Any) -> None:
+def test_a_run_says_what_a_stopped_agent_was_not_told_and_waits_for_it_once(world: World, gate: Gate) -> None:
     agent = world.serve()
     command = ["--ready", "notify", "--retry", "2", "--retry-delay", "0", "--", "sh", "-c", "cat gate; exit 3"]
     run = world.spawn(altered("coder_sync.REPLY_TIMEOUT = 1.0", "run", "a", *command))
     gate.reached()
-    how(agent)
+    stop(agent)
     gate.open()
     gate.keep_open(lambda: run.poll() is not None)
     said = finish(run).stderr
@@ -4874,9 +4406,6 @@ def test_stop_tells_all_at_half_time_names_what_is_left_and_goes_on_without_who_
     still = rf'unit "db" still runs: .*python.* \(pid {os.getpid()}\)'
     cannot = r'unit "script" cannot be stopped: it is .+ \(pid \d+\), which has no supervisor: end that process'
     assert re.fullmatch(f"error: {still}; {cannot}\n", done.stderr)
-    for unit, error in (("script", f"^{cannot}$"), ("db", f"^{still}$")):
-        with pytest.raises(Refused, match=error):
-            world.client.stop(unit, grace=0.1)
     db.ended()
     assert world.client.stop("db", "app") == []
     assert [unit.reason for unit in world.client.list()] == ["stopped", "stopped", ""]
@@ -4931,33 +4460,6 @@ def test_a_command_that_ends_has_all_that_its_units_run_ended(world: World) -> N
     assert finish(agent).returncode == 3
 
 
-@NAMESPACES
-def test_process_1_has_all_that_runs_ended(world: World) -> None:
-    outside = world.spawn(["unshare", "-fp", "--mount-proc", *program(), "serve", "-q"])
-    (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if serves(world)])
-    run = world.connect()
-    assert "result" in run.call("start", unit="job", supervisor=True)
-    os.kill(inside, signal.SIGTERM)
-    assert run.read()["params"]["unit"] == "job"
-    run.request("fail", unit="job")
-    assert finish(outside).returncode == 0
-
-
-def test_a_boot_that_resumes_is_told_what_is_done(agent: World) -> None:
-    db, boot = Supervisor(agent, "db"), agent.connect()
-    rows = [{"unit": "db"}, {"unit": "app", "wants": {"db": "success"}}]
-    refused = boot.call("boot", units=rows)["error"]["message"]
-    assert refused.startswith('unit "db" still runs (pid ')
-    boot.request("boot", units=rows, resume=True)
-    answers = [boot.read(), boot.read()]
-    assert {"jsonrpc": "2.0", "id": 1, "result": {"units": 2, "done": ["db"]}} in answers
-    assert {"unit": "app", "status": "started", "reason": "", "env": {}} in [a.get("params") for a in answers]
-    db.peer.close()
-    until(lambda: agent.status("db") == "failed")
-    reason = agent.client.status("db").reason
-    assert re.fullmatch(rf"lost: process {os.getpid()} \(.*\) ended; its command may still run", reason)
-
-
 @pytest.mark.parametrize("way", ["run u -- cat gate", "boot -q startup.d"], ids=["run", "boot"])
 def test_who_holds_a_unit_may_report_though_its_parents_start_was_refused(agent: World, gate: Gate, way: str) -> None:
     startup(agent, {"u": "cat gate"})
@@ -4973,24 +4475,16 @@ def test_who_holds_a_unit_may_report_though_its_parents_start_was_refused(agent:
     assert agent.status("u") == "completed"
 
 
-def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
-    run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
-    assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
-    done, reason = stopped(run), "stopped between two tries; exit code 1"
-    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
-
-
 @pytest.mark.parametrize(
     ("options", "script", "code"),
     [
-        ("", "echo on; exec sleep 60", 143),
         ("--ready file:never", "echo on; exec sleep 60", 143),
         ("--ready file:up", "touch up; echo on; exec sleep 60", 143),
         ("--retry 1 --retry-delay 10m", "echo on; exit 3", 3),
         ("", "trap '' TERM; echo on; while :; do sleep 0.1; done", 137),
         ("", "trap 'exit 0' TERM; echo on; while :; do sleep 0.1; done", 1),
     ],
-    ids=["running", "not-ready", "ready", "between-two-tries", "deaf", "ends-well"],
+    ids=["not-ready", "ready", "between-two-tries", "deaf", "ends-well"],
 )
 def test_a_stop_ends_what_a_run_has_in_whatever_state(agent: World, options: str, script: str, code: int) -> None:
     run = agent.popen("run", "a", *options.split(), "--", "sh", "-c", script)
@@ -5021,18 +4515,16 @@ def test_a_run_finds_its_command_in_the_path_that_a_dependency_has_left(agent: W
     tools = agent.directory / "tools"
     tools.mkdir()
     (tools / "tool").write_text("#!/bin/sh\necho $0 $1\n")
-    (tools / "plain").write_text("")
     agent.ok("run", "pip", "--", "sh", "-c", f'echo "PATH={tools}:$PATH" >> "$CODER_SYNC_ENV"')
     run = ["run", "a", "--want", "pip", "--"]
     assert agent.run(*run, "tool", "x").returncode == 126
     (tools / "tool").chmod(0o755)
     assert agent.ok(*run, "tool", "x") == f"{tools}/tool x\n"
     assert agent.ok(*run, "sh", "-c", "echo sh") == "sh\n"
-    assert [agent.run(*run, name).returncode for name in ("no-such", "plain")] == [127, 126]
-    assert agent.run(*run, "echo hi").stderr.endswith("for a shell's command line write sh -c '...'\n")
-    ready = agent.popen("run", "b", "--want", "pip", "--ready", "tool x", "--", "sleep", "60")
+    missing = agent.run(*run, "echo hi")
+    assert missing.returncode == 127 and missing.stderr.endswith("for a shell's command line write sh -c '...'\n")
+    agent.popen("run", "b", "--want", "pip", "--ready", "tool x", "--", "sleep", "60")
     until(lambda: agent.status("b") == "completed")
-    stopped(ready)
 
 
 @pytest.mark.parametrize("ready", ["", "--ready true", "--ready notify"], ids=["", "true", "notify"])
@@ -5051,8 +4543,7 @@ def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate
     assert finish(run).returncode == 0
 
 
-@pytest.mark.parametrize("way", ["run", "boot"])
-def test_what_says_that_it_is_ready_and_ends_was_ready_whatever_is_seen_first(agent: World, way: str) -> None:
+def test_what_says_that_it_is_ready_and_ends_was_ready_whatever_is_seen_first(agent: World) -> None:
     unseen = """
 watch = coder_sync.Loop.watch
 def unless_probed(loop, fd, handler, for_writing=False):
@@ -5060,12 +4551,8 @@ def unless_probed(loop, fd, handler, for_writing=False):
         watch(loop, fd, handler, for_writing)
 coder_sync.Loop.watch = unless_probed"""
     says = "import os, socket; s = socket.socket(1, 2); s.sendto(b'READY=1', os.environ['NOTIFY_SOCKET']); os._exit(3)"
-    script = f'exec {sys.executable} -ISc "{says}"'
-    if way == "run":
-        done = finish(agent.spawn(altered(unseen, "run", "a", "--ready", "notify", "--", "sh", "-c", script)))
-        assert (done.returncode, done.stderr) == (3, "")
-    else:
-        Boot(agent, {"a": f"@ready notify\n{script}"}, patch=unseen).ends(1, "", "died: a (completed, then ended: ")
+    done = finish(agent.spawn(altered(unseen, "run", "a", "--ready", "notify", "--", *PYTHON, says)))
+    assert (done.returncode, done.stderr) == (3, "")
     assert kinds_of(agent, "a")[-2:] == ["completed", "died"]
 
 
@@ -5076,7 +4563,7 @@ coder_sync.Loop.watch = unless_probed"""
 MY_SETUP = """UNIT_NAME="my-setup"
 coder exp sync want "$UNIT_NAME" "git-clone"
 coder exp sync start "$UNIT_NAME"
-echo "Running after git-clone completes"
+echo "Running after git-clone completes"; echo my-setup >> order
 coder exp sync complete "$UNIT_NAME"
 """
 SYNC_STARTED = """SYNC_STARTED=0
@@ -5104,8 +4591,7 @@ def test_the_scripts_of_the_documents_run_in_parallel_in_the_right_order(agent: 
 
     body = 'echo "$UNIT_NAME" >> order\n'
     ide_setup = "coder exp sync want ide-setup git-clone\ncoder exp sync want ide-setup env-setup\n"
-    setup = script_of(MY_SETUP.replace('completes"', 'completes"; echo my-setup >> order'))
-    ide = script_of(ide_setup + SYNC_STARTED + body, UNIT_NAME="ide-setup")
+    setup, ide = script_of(MY_SETUP), script_of(ide_setup + SYNC_STARTED + body, UNIT_NAME="ide-setup")
     agent.waiting("my-setup", "ide-setup")
     clone = script_of(SYNC_STARTED + body, UNIT_NAME="git-clone")
     env = script_of(COMMAND_V + body + 'coder exp sync complete "$UNIT_NAME"', UNIT_NAME="env-setup")
@@ -5115,15 +4601,12 @@ def test_the_scripts_of_the_documents_run_in_parallel_in_the_right_order(agent: 
     at = {name: n for n, name in enumerate((agent.directory / "order").read_text().split())}
     assert at["git-clone"] < at["my-setup"] and max(at["git-clone"], at["env-setup"]) < at["ide-setup"]
     assert [(u.unit_name, u.status) for u in agent.client.list()] == [(name, "completed") for name in sorted(at)]
-    assert (
-        agent.shell(MY_SETUP, "bash").stdout
-        == """\
-my-setup: depends on git-clone
-my-setup: started; satisfied already: git-clone
-Running after git-clone completes
-my-setup: completed
-"""
-    )  # again, with nothing to wait for
+    assert agent.shell(MY_SETUP, "bash").stdout.splitlines() == [  # again, with nothing to wait for
+        "my-setup: depends on git-clone",
+        "my-setup: started; satisfied already: git-clone",
+        "Running after git-clone completes",
+        "my-setup: completed",
+    ]
 
 
 def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
@@ -5132,15 +4615,16 @@ def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
     assert mixed.status("trap") == "completed"
     assert mixed.shell("UNIT_NAME=on\n" + SYNC_STARTED, "bash").returncode == 0
     assert mixed.status("on") == "started"  # by somebody else, and left alone
+    for unit, end, reason in (("c", "exit 0", ""), ("d", "exit 7", "exit code 7"), ("e", "no-such", "exit code 127")):
+        mixed.shell(f"set -e; trap 'coder complete {unit} --exit-code $?' EXIT; coder start {unit}; {end}")
+        found = mixed.client.status(unit)
+        assert (found.status, found.reason) == ("failed" if reason else "completed", reason)
 
 
 WILD = [
     """set -euo pipefail; trap 'coder exp sync complete UNIT' EXIT
     coder exp sync want UNIT a b c; coder exp sync start --timeout 30m UNIT""",
-    """coder exp sync want UNIT a b c > /dev/null 2>&1 || true
-    coder exp sync start UNIT > /dev/null 2>&1 || true
-    coder exp sync complete UNIT > /dev/null 2>&1 || true""",
-    """sync() { coder exp sync "$@"; }
+    """sync() { coder exp sync "$@" > /dev/null 2>&1 || true; }
     sync want UNIT a b c; sync start UNIT; sync complete UNIT""",
     """(coder exp sync want ready-UNIT a b c; coder exp sync start ready-UNIT; coder exp sync complete ready-UNIT) &
     coder exp sync want UNIT ready-UNIT a b; coder exp sync start UNIT; coder exp sync complete UNIT""",
@@ -5152,8 +4636,8 @@ def test_the_forms_in_which_scripts_call_it(agent: World) -> None:
     for n, script in enumerate(WILD):
         done = agent.shell(script.replace("UNIT", f"form-{n}"), "bash")
         assert (done.returncode, done.stderr) == (0, ""), script
-        assert agent.status(f"form-{n}") == "completed"
-        assert len(agent.client.status(f"form-{n}").dependencies) == 3
+        found = agent.client.status(f"form-{n}")
+        assert (found.status, len(found.dependencies)) == ("completed", 3)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5161,12 +4645,11 @@ def test_the_forms_in_which_scripts_call_it(agent: World) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def tool(world: World, form: str = "installed", name: str = "coder") -> str:
+def tool(world: World, form: str = "installed") -> str:
     """The file as somebody may have it in a directory of its own."""
     directory = world.directory / f"{form} tools"
     directory.mkdir(exist_ok=True)
-    shutil.copy(FILE if form == "plain" else installed(), directory / name)
-    return str(directory / name)
+    return str(shutil.copy(FILE if form == "plain" else installed(), directory / "coder"))
 
 
 def command(world: World, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -5175,7 +4658,7 @@ def command(world: World, *argv: str, **options: Any) -> subprocess.CompletedPro
 
 
 def install(world: World, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return command(world, sys.executable, "-IS", str(installed()), "install", *words, **options)
+    return command(world, *program(), "install", *words, **options)
 
 
 @functools.lru_cache(maxsize=None)
@@ -5199,24 +4682,15 @@ def test_every_way_of_calling_it_works(shared: World, world: World, form: str) -
     (world.directory / "link").symlink_to(path)
     (world.directory / "link of a link").symlink_to("link")
     env = {"PATH": world.shell_env()["PATH"], "CODER_AGENT_SOCKET_PATH": shared.path}  # no HOME, for one
-    for argv in (
-        [path],
-        [python, path],
-        ["./link of a link"],
-        [python, "link"],
-        [os.path.relpath(path, world.directory)],
-    ):
-        done = command(world, *argv, "exp", "sync", "graph", "nobody", env=env)
-        name = os.path.basename(argv[-1])
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f'error: no unit "nobody"; see `{name} list --all`\n'
+    ways = [[path], [python, path], ["./link of a link"], [python, "link"], [os.path.relpath(path, world.directory)]]
     for shell in filter(shutil.which, ("sh", "bash", "dash", "zsh", "busybox")):
-        words = [str(shutil.which(shell)), *["sh"] * (shell == "busybox"), path]
-        name = f"{shell} {form} a 'b' \"c\" $d `e` \\ * \u00e4"
-        done = command(world, *words, "want", name, "-q", "x", env=env)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert name in [u.unit_name for u in shared.client.list()]
-        assert command(world, *words, "ping", env={"PATH": "/nowhere"}).returncode == 127
+        ways.append([str(shutil.which(shell)), *["sh"] * (shell == "busybox"), path])
+    name = "a 'b' \"c\" $d `e` \\ * \u00e4"
+    for argv in ways:
+        done = command(world, *argv, "exp", "sync", "graph", name, env=env)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f'error: no unit "{name}"; see `{os.path.basename(argv[-1])} list --all`\n'
+    assert command(world, path, "ping", env={"PATH": "/nowhere"}).returncode == 127
     assert os.listdir(os.path.dirname(path)) == ["coder"]  # nothing is left beside it
 
 
@@ -5248,19 +4722,18 @@ def test_ps_shows_what_was_called(agent: World, form: str) -> None:
 
 
 @BOTH_FORMS
-def test_an_error_names_its_line(world: World, form: str) -> None:
+@pytest.mark.parametrize("line", ["want a b", "list"], ids=["above-the-cut", "below-the-cut"])
+def test_an_error_names_its_line(world: World, form: str, line: str) -> None:
     lines = FILE.read_text(encoding="utf-8").splitlines(keepends=True)
-    for command_name in ("want", "list"):  # above the cut, and below
-        at = next(n for n, line in enumerate(lines) if line.startswith(f"def cmd_{command_name}(")) + 2
-        lines[at] = "    raise RuntimeError('on purpose')\n"
-        path = world.directory / command_name
-        path.write_text("".join(lines), encoding="utf-8")
-        path.chmod(0o755)
-        assert form == "plain" or command(world, sys.executable, str(path), "install").returncode == 0
-        words = ["want", "a", "b"] if command_name == "want" else ["list"]
-        done = command(world, str(path), *words, env={**world.shell_env(), "CODER_SYNC_DEBUG": "1"})
-        assert f"line {at + 1}, in cmd_{command_name}\n" in done.stderr
-        lines[at] = "\n"
+    function = f"cmd_{line.split(maxsplit=1)[0]}"
+    at = next(n for n, text in enumerate(lines) if text.startswith(f"def {function}(")) + 2
+    lines[at] = "    raise RuntimeError('on purpose')\n"
+    path = world.directory / "coder"
+    path.write_text("".join(lines), encoding="utf-8")
+    path.chmod(0o755)
+    assert form == "plain" or command(world, sys.executable, str(path), "install").returncode == 0
+    done = command(world, str(path), *line.split(), env={**world.shell_env(), "CODER_SYNC_DEBUG": "1"})
+    assert f"line {at + 1}, in {function}\n" in done.stderr
 
 
 HOOK = """
@@ -5312,7 +4785,7 @@ def test_a_damaged_file_is_said_to_be_one_in_one_line(world: World, form: str) -
             Path(path).write_bytes(whole[:size])
             done = command(world, path, "list")
             assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and "internal" not in done.stderr, size
-    for at in (len(whole) // 8, len(whole) // 4, len(whole) // 2):
+    for at in (len(whole) // 8, len(whole) // 2):
         Path(path).write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
         done = command(world, path, "list", "--connect-timeout", "0")
         said = "cannot reach an agent" if form == "installed" else "is damaged: copy or install it again\n"
@@ -5340,18 +4813,19 @@ def test_the_copy_is_an_archive_with_the_source_as_it_was_and_imported_from_as_a
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert archive.read("coder_sync.py") == FILE.read_bytes()
-    if shutil.which("unzip"):
-        assert subprocess.check_output(["unzip", "-p", path, "coder_sync.py"]) == FILE.read_bytes()
     env = {**agent.shell_env(), "PYTHONPATH": path}
     code = "import coder_sync as c; print(c.Client().ping()['pid'] > 0, c.Units.__doc__ > '', c.PROGRAM)"
     assert command(agent, sys.executable, "-c", code, env=env).stdout == "True True coder\n"
     assert command(agent, sys.executable, "-m", "coder_sync", "ping", env=env).stdout.startswith("agent at ")
-    again = str(agent.directory / "copy")
-    for source, seed in ((str(FILE), "1"), (again, "2")):  # the same input gives the same bytes
-        env["PYTHONHASHSEED"] = seed
-        done = command(agent, sys.executable, source, "install", again, env=env)
-        assert (done.returncode, done.stdout) == (0, f"{again}: installed for {sys.executable}\n")
-        assert Path(again).read_bytes() == installed().read_bytes()
+
+
+def test_the_same_input_gives_the_same_copy(world: World) -> None:
+    copy = world.directory / "copy"
+    for source, seed in ((FILE, "1"), (copy, "2")):
+        env = {**world.shell_env(), "PYTHONHASHSEED": seed}
+        done = command(world, sys.executable, str(source), "install", str(copy), env=env)
+        assert (done.returncode, done.stdout) == (0, f"{copy}: installed for {sys.executable}\n")
+        assert copy.read_bytes() == installed().read_bytes()
 
 
 def test_another_python_runs_it_from_the_source_and_serve_says_so_once(world: World) -> None:
@@ -5370,50 +4844,41 @@ def test_another_python_runs_it_from_the_source_and_serve_says_so_once(world: Wo
     done = command(world, path, "install", "--python", python)
     assert (done.returncode, done.stdout) == (0, f"{path}: installed for {python}\n")
     assert [said(path), said(python, path)] == [0, 0]
-    assert command(world, path, "install").returncode == 0  # by the other Python, which `path` now calls
-    assert said(python, path) == 0
 
 
 def test_too_old_a_python_is_told_which_is_needed(world: World) -> None:
     old = [path for version, path in pythons().items() if version < "3.08"]
     if not old:
         pytest.skip("there is no old Python")
-    for python in old:
-        plain = command(world, python, str(FILE), "ping")
-        assert plain.returncode == 1 and '(NEEDED := "Python 3.8 or later")' in plain.stderr
-        copy = command(world, python, tool(world), "ping")
-        assert copy.returncode == 1 and copy.stderr.startswith("error: coder_sync needs Python 3.8 or later, and this")
-        assert copy.stderr.count("\n") == 1
-        done = install(world, "--python", python, "copy")
-        assert done.returncode == 1 and "cannot run coder_sync, which needs Python 3.8 or later" in done.stderr
+    plain = command(world, old[0], str(FILE), "ping")
+    assert plain.returncode == 1 and '(NEEDED := "Python 3.8 or later")' in plain.stderr
+    copy = command(world, old[0], tool(world), "ping")
+    assert copy.returncode == 1 and copy.stderr.startswith("error: coder_sync needs Python 3.8 or later, and this")
+    assert copy.stderr.count("\n") == 1
+    done = install(world, "--python", old[0], "copy")
+    assert done.returncode == 1 and "cannot run coder_sync, which needs Python 3.8 or later" in done.stderr
     assert not (world.directory / "copy").exists()
 
 
 def test_install_keeps_mode_and_owner_follows_links_and_replaces_in_one_step(world: World) -> None:
-    expected = {0o640: 0o750, 0o755: 0o755, 0o600: 0o700}
-    links = [world.directory / f"link-{mode:o}" for mode in expected]
-    for mode, link in zip(expected, links):
-        real = world.directory / f"real-{mode:o}"
-        real.write_bytes(FILE.read_bytes())
-        real.chmod(mode)
+    for before, after in ((0o640, 0o750), (0o600, 0o700)):
+        real, link = world.directory / f"real-{before:o}", world.directory / f"link-{before:o}"
+        shutil.copy(FILE, real)
+        real.chmod(before)
         if os.getuid() == 0:
             os.chown(real, 65534, 65534)
         link.symlink_to(real.name)
-    opened = [link.open("rb") for link in links]
-    before = [os.fstat(file.fileno()) for file in opened]
-    assert command(world, sys.executable, str(links[0]), "install").returncode == 0  # in place
-    assert install(world, *map(str, links[1:])).returncode == 0
-    for link, file, old in zip(links, opened, before):
+        with real.open("rb") as opened:
+            old = os.fstat(opened.fileno())
+            assert command(world, sys.executable, str(link), "install").returncode == 0  # in place
+            assert opened.read() == FILE.read_bytes()  # whoever reads goes on reading the old one
         now = link.stat()
-        assert stat.S_IMODE(now.st_mode) == expected[stat.S_IMODE(old.st_mode)]
-        assert (now.st_uid, now.st_gid) == (old.st_uid, old.st_gid)
+        assert (stat.S_IMODE(now.st_mode), now.st_uid, now.st_gid) == (after, old.st_uid, old.st_gid)
         assert link.is_symlink() and link.read_bytes() == installed().read_bytes()
-        with file:
-            assert file.read() == FILE.read_bytes()  # whoever reads goes on reading the old one
-    for umask, mode in (("027", 0o750), ("0", 0o755)):
-        script = f"umask {umask}; exec {sys.executable} {links[0]} install new-{umask}"
-        assert command(world, "sh", "-c", script).returncode == 0
-        assert stat.S_IMODE((world.directory / f"new-{umask}").stat().st_mode) == mode
+    for umask, mode in ((0o027, 0o750), (0, 0o755)):
+        name = f"new-{umask:o}"
+        assert install(world, name, preexec_fn=lambda umask=umask: os.umask(umask)).returncode == 0
+        assert stat.S_IMODE((world.directory / name).stat().st_mode) == mode
 
 
 OURS = "#!/bin/sh\n# coder_sync of our own\nexec /opt/coder_sync.py serve\n"
@@ -5432,6 +4897,13 @@ TROUBLES: dict[str, tuple[str, str, Any]] = {  # words, what is said, what is in
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trouble: str) -> None:
+    def files() -> list[tuple[Path, object]]:
+        return sorted((path, path.is_file() and path.read_bytes()) for path in world.directory.rglob("*"))
+
+    def limit() -> None:
+        size = installed().stat().st_size - 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
     words, complaint, what = TROUBLES[trouble]
     there = world.directory / "there"
     if callable(what):
@@ -5439,14 +4911,12 @@ def test_what_keeps_install_from_its_work_is_said_in_one_line(world: World, trou
     elif what:
         there.write_text(what, encoding="utf-8")
         there.chmod(0o755)
-    size = installed().stat().st_size - 1
-    limit = [lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))] if trouble == "full-disk" else [None]
     world.shell_env()
-    before = sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*"))
-    done = install(world, *words.split(), preexec_fn=limit[0])
+    before = files()
+    done = install(world, *words.split(), preexec_fn=limit if trouble == "full-disk" else None)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("error: ") and complaint in done.stderr
-    assert sorted((p, p.is_file() and p.read_bytes()) for p in world.directory.rglob("*")) == before
+    assert files() == before
 
 
 def test_install_warns_when_calls_would_start_another_python(world: World) -> None:
@@ -5478,26 +4948,36 @@ def test_an_install_that_is_stopped_leaves_nothing(world: World, number: int) ->
 
 
 def test_calls_see_the_old_copy_or_the_new_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, beside, now = tool(world), world.directory / "beside", installed().read_bytes()
-    old, source = f'__version__ = "{coder_sync.__version__}"', world.directory / "newer.py"
-    versions = {f"coder_sync {coder_sync.__version__}", "coder_sync 99"}
-    source.write_text(FILE.read_text(encoding="utf-8").replace(old, '__version__ = "99"' + " # longer" * 999))
+    path, beside, source = tool(world), world.directory / "beside", world.directory / "newer.py"
+    version = f'__version__ = "{coder_sync.__version__}"'
+    source.write_text(FILE.read_text(encoding="utf-8").replace(version, '__version__ = "99"' + " # longer" * 999))
     monkeypatch.setattr(coder_sync, "FILE", str(source))
     monkeypatch.setattr(coder_sync, "__version__", "99")
-    newer = coder_sync.application("")
+    copies = itertools.cycle([coder_sync.application(""), installed().read_bytes()])
     loop = "for i in 1 2 3 4 5 6 7 8; do %s --version || exit; done"
     calls = [world.spawn(["sh", "-c", loop % c], env=world.shell_env()) for c in (f"'{path}'", f"python3 '{path}'")]
-    for copy in itertools.cycle([newer, now]):
-        beside.write_bytes(copy)
+    while any(process.poll() is None for process in calls):
+        beside.write_bytes(next(copies))
         beside.chmod(0o755)
         os.rename(beside, path)  # as install does
         time.sleep(0.01)  # so that calls get on
-        if all(process.poll() is not None for process in calls):
-            break
     for process in calls:
         done = finish(process)
         assert (done.returncode, done.stderr) == (0, "")
-        assert len(done.stdout.splitlines()) == 8 and versions >= {*done.stdout.splitlines()}
+        assert re.fullmatch(r"(coder_sync (0\.\d+\.\d+|99)\n){8}", done.stdout)
+
+
+ABOVE = """
+$ want b a -q ->
+$ start a --want c --requires completion -t 10ms -> ...
+...
+exit 124
+$ start c; complete c --exit-code 3; start a; complete a -> ...
+$ complete a --exit-code 1 -> 1: ...
+$ fail b --reason x -> ...
+$ start d --want b -> 4: ...
+$ complete e -> 1: ...
+"""
 
 
 def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: World) -> None:
@@ -5511,39 +4991,20 @@ def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: 
         missing |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"} - defined.keys()
     assert missing <= vars(builtins).keys()
     call.main = defined["main"]
-    play(
-        call,
-        agent,
-        """
-$ want b a -q ->
-$ start a --want c --requires completion -t 10ms -> ...
-...
-exit 124
-$ start c; complete c --exit-code 3; start a; complete a -> ...
-$ complete a --exit-code 1 -> 1: ...
-$ fail b --reason x -> ...
-$ start d --want b -> 4: ...
-$ complete e -> 1: ...
-""",
-    )
+    play(call, agent, ABOVE)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Load: many owners in one layered graph, a third of them runs that are killed.
 # ---------------------------------------------------------------------------------------------------------
 
-UNITS, LAYERS = 200, 8
-
 
 def test_of_many_owners_a_third_killed_each_ends_and_for_the_right_reason(world: World) -> None:
     world.serve("-q")
-    chance, size = random.Random(20), UNITS // LAYERS
-    layers = [[f"u{layer}-{i}" for i in range(size)] for layer in range(LAYERS)]
+    chance, layers = random.Random(20), [[f"u{layer}-{i}" for i in range(25)] for layer in range(8)]
     wants = {name: chance.sample(layers[n - 1], 2) if n else ["go"] for n, layer in enumerate(layers) for name in layer}
-    names = chance.sample(list(wants), UNITS)
-    fate = {name: chance.choice(["early", "command", "late"]) for name in chance.sample(names, UNITS // 3)}
+    names = chance.sample(list(wants), len(wants))
     runs: dict[str, subprocess.Popen[str]] = {}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
     def block(name: str) -> int:
         try:
@@ -5553,51 +5014,36 @@ def test_of_many_owners_a_third_killed_each_ends_and_for_the_right_reason(world:
             return error.exit_code
         return 0
 
-    with concurrent.futures.ThreadPoolExecutor(UNITS) as pool:
-        blocks = {name: pool.submit(block, name) for name in names if name not in fate}
-        for name, end in fate.items():
-            command = ["sh", "-c", "kill -9 $$"] if end == "command" else ["sleep", "0.02"]
-            options = [word for dependency in wants[name] for word in ("--want", dependency)]
-            runs[name] = world.popen("run", name, "-q", "--timeout", "60s", *options, "--", *command, **quiet)
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        blocks = {name: pool.submit(block, name) for name in names[: len(names) * 2 // 3]}
+        for name in names[len(blocks) :]:
+            wanted = [word for dependency in wants[name] for word in ("--want", dependency)]
+            runs[name] = world.popen("run", name, "-q", "--timeout", "60s", *wanted, "--", "sleep", "0.02")
         world.waiting(*names)
-        early = [name for name in names if fate.get(name) == "early"]
-        for name in early[::2]:  # while it waits
-            runs[name].kill()
-        todo = early[1::2] + [name for name in names if fate.get(name) == "late"]
+        todo = [*runs.values()]
+        for run in todo[::3]:  # while it waits
+            run.kill()
         watch = Client(world.path, 0).events(follow=True)
         world.end("go")
         for count, event in enumerate(watch):  # at any moment of the boot
             if count % 7 == 0 and todo:
-                runs[todo.pop()].kill()
+                todo.pop().kill()
             if event.unit == names[-1] and event.kind in coder_sync.ENDED:
                 break
-        for name in todo:
-            runs[name].kill()
-    codes = {name: run.wait(PATIENCE) for name, run in runs.items()}
-    codes.update((name, block.result()) for name, block in blocks.items())
+        for run in todo:
+            run.kill()
     until(lambda: all(u.status in coder_sync.ENDED for u in world.client.list()), "every unit ended")
 
     found = {u.unit_name: u for u in world.client.list()}
     for name, dependencies in wants.items():
         unit, bad = found[name], [found[d] for d in dependencies if found[d].status != "completed"]
-        if unit.status == "skipped":
-            skipped, failed = (
-                'dependency "{0.unit_name}" was skipped: {0.reason}',
-                'dependency "{0.unit_name}" failed ({0.reason})',
-            )
-            assert unit.reason in [(skipped if d.status == "skipped" else failed).format(d) for d in bad]
-            expected = 4
-        elif fate.get(name) == "command" and unit.status == "failed":
-            assert (unit.reason, bad) == ("killed by signal 9", [])
-            expected = 137
-        elif unit.status == "failed":
-            assert name in fate and re.fullmatch(lost(runs[name]), unit.reason)
-            expected = -signal.SIGKILL
+        if unit.status == "failed":
+            assert re.fullmatch(lost(runs[name]), unit.reason)
         else:
-            assert (unit.status, bad) == ("completed", [])
-            expected = 0
-        killed = fate.get(name) in ("early", "late") and codes[name] == -signal.SIGKILL
-        assert codes[name] == expected or killed, (name, unit)
+            assert unit.status == ("skipped" if bad else "completed")
+            assert not bad or any(unit.reason.startswith(f'dependency "{d.unit_name}" ') for d in bad)
+        if name in blocks:
+            assert blocks[name].result() == (4 if bad else 0)
     assert {u.status for u in found.values()} == {"completed", "failed", "skipped"}
 
 
@@ -5615,6 +5061,7 @@ def test_calls_return_typed_results(agent: World) -> None:
     client.complete("b")
     status = client.status("a")
     assert (status.unit_name, status.status, status.is_ready, status.exit_code) == ("a", "pending", False, None)
+    assert (status.waiting, status.ready, status.started, status.ended, status.exited) == (None,) * 5
     rows = [(d.depends_on, d.is_satisfied, d.requirement) for d in status.dependencies]
     assert rows == [("b", True, "success"), ("c", False, "success")]
     assert [u.unit_name for u in client.list()] == ["a", "b"]
@@ -5659,7 +5106,6 @@ def test_an_error_is_an_exception_of_its_own_and_says_what_it_is_about(mixed: Wo
     assert rows == [("b-late", "not registered"), ("c-late", "not registered")]
     with pytest.raises(DependencyFailed), mixed.client.unit("block", want=["bad"]):
         pytest.fail("entered")
-    assert mixed.status("block") == "skipped"
 
 
 def test_every_exception_of_the_readme_can_be_imported_by_a_star() -> None:
@@ -5668,19 +5114,21 @@ def test_every_exception_of_the_readme_can_be_imported_by_a_star() -> None:
     assert {"TimedOut", "DependencyFailed"} <= set(re.findall(r"\w+", README)) & set(errors) <= set(coder_sync.__all__)
 
 
+ENDINGS: list[tuple[Any, str, str]] = [
+    (None, "completed", ""),
+    (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
+    (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
+    (RuntimeError("x" * 100_000), "failed", "RuntimeError: x+[.]{3}"),
+    (SystemExit(3), "failed", "exit code 3"),
+    (SystemExit(True), "failed", "exit code 1"),
+    (SystemExit("no disk"), "failed", ".*no disk"),
+    (SystemExit(0), "completed", ""),
+    (SystemExit(None), "completed", ""),
+]
+
+
 def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
-    endings: list[tuple[Any, str, str]] = [
-        (None, "completed", ""),
-        (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
-        (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
-        (RuntimeError("x" * 100_000), "failed", "RuntimeError: x+[.]{3}"),
-        (SystemExit(3), "failed", ".*3"),
-        (SystemExit(True), "failed", "exit code 1"),
-        (SystemExit("no disk"), "failed", ".*no disk"),
-        (SystemExit(0), "completed", ""),
-        (SystemExit(None), "completed", ""),
-    ]
-    for n, (error, status, reason) in enumerate(endings):
+    for n, (error, status, reason) in enumerate(ENDINGS):
         ending = pytest.raises(type(error)) if error else contextlib.nullcontext()
         with ending, mixed.client.unit(f"block-{n}") as start:
             assert (start.result.unit, mixed.status(f"block-{n}")) == (f"block-{n}", "started")
@@ -5703,13 +5151,13 @@ def test_an_exception_of_a_block_matters_more_than_that_its_agent_is_gone(world:
 BAD_ARGUMENTS: list[tuple[type, dict[str, Any]]] = [
     (TypeError, {"want": "database"}),  # not eight units of one letter
     (TypeError, {"locks": "apt"}),
-    (coder_sync.InvalidParams, {"want": [1]}),
+    (InvalidParams, {"want": [1]}),
     (Refused, {"want": ["x"], "requires": "luck"}),
     (TypeError, {"want": ["x"], "timeout": "soon"}),
     (ValueError, {"want": ["x"], "timeout": -1}),
-    (coder_sync.InvalidParams, {"want": ["x"], "timeout": True}),
+    (InvalidParams, {"want": ["x"], "timeout": True}),
     (ValueError, {"want": ["x"], "timeout": float("nan")}),
-    (coder_sync.InvalidParams, {"unit": None}),
+    (InvalidParams, {"unit": None}),
     (Refused, {"unit": ""}),
 ]
 
@@ -5719,20 +5167,17 @@ def test_a_bad_argument_is_refused_before_anything_is_registered(mixed: World) -
     for kind, bad in BAD_ARGUMENTS:
         arguments = {"unit": "never", "timeout": 0.1, **bad}
         with pytest.raises(kind):
-            print("accepted:", mixed.client.start(**arguments))
+            mixed.client.start(**arguments)
         with pytest.raises(kind):
-            print("accepted:", mixed.client.unit(**arguments).__enter__())
-    with pytest.raises(coder_sync.InvalidParams):
+            mixed.client.unit(**arguments).__enter__()
+    with pytest.raises(InvalidParams):
         mixed.client.start("never", pid="me")  # type: ignore[arg-type]
     assert [unit.unit_name for unit in mixed.client.list(everything=True)] == before
 
 
 def test_a_process_that_ends_in_its_block_fails_the_unit(mixed: World) -> None:
-    code = f"""import os, sys; sys.path.insert(0, {str(HERE)!r})
-from coder_sync import Client
-with Client().unit("left"):
-    os.write(1, b"in\\n"); os.read(0, 1); os._exit(0)"""
-    process = mixed.spawn([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE)
+    code = "import os\nwith coder_sync.Client().unit('left'): os.write(1, b'in\\n'); os.read(0, 1); os._exit(0)"
+    process = mixed.spawn(altered(code), stdin=subprocess.PIPE)
     assert line_of(process.stdout) == "in\n"
     assert mixed.status("left") == "started"
     process.communicate(timeout=PATIENCE)
@@ -5750,21 +5195,6 @@ def test_a_client_may_be_used_from_many_threads(agent: World) -> None:
     with concurrent.futures.ThreadPoolExecutor(40) as pool:
         list(pool.map(work, reversed(range(40))))
     assert [u.status for u in client.list()] == ["completed"] * 40
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Two more troubles: a run that gives up, and a clock that is set back.
-# ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_start_that_gave_up_has_failed_its_unit_if_it_was_to_own_it(agent: World) -> None:
-    assert agent.run("run", "a", "--want", "b", "--timeout", "10ms", "--", "true").returncode == 124
-    assert agent.client.status("a").reason == "timed out waiting for b (not registered)"
-    with pytest.raises(DependencyFailed):
-        agent.client.start("c", want=["a"])
-    for unit, owner, status in (("d", "--pid $$", "failed"), ("e", "", "completed")):
-        done = agent.shell(f"coder start {unit} --want b --timeout 10ms {owner}; coder complete {unit}")
-        assert (done.returncode, agent.status(unit)) == (status == "failed", status)
 
 
 CLOCK_SET_BACK = """
@@ -5785,7 +5215,6 @@ def test_nothing_but_the_log_follows_a_clock_that_is_set_back(world: World) -> N
     world.waiting("b")
     world.ok("complete", "a")
     assert finish(waits).returncode == 0
-    world.ok("run", "c", "--want", "a", "--", "true")
     events = list(world.client.events())
     assert max(e.wall for e in events) - min(e.wall for e in events) > 3000
     assert [e.time for e in events] == sorted(e.time for e in events)
@@ -7283,7 +6712,7 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     agent.env.update(MINE="yes", CODER_AGENT_SOCKET_PATH="", TMPDIR=".")
     options = ["--grace", "100ms", "--socket-path", agent.path, "--log-dir", "logs"]
     endless, _ = os.pipe()
-    patch = "coder_sync.LOOK_EVERY = 600"
+    patch = "coder_sync.CHECK_EVERY = 600"
     boot = Boot(agent, files, *options, stdin=endless, patch=patch, encoding="utf-8")
     until(lambda: agent.client.list() and agent.status("m") == "pending", "m claimed, which waits for disk")
     agent.end("disk")
@@ -7312,7 +6741,7 @@ def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
 ) -> None:
     early = Gate(world, "early")
     files = {"10-a.sh": "cat gate", "b": "@want a", "z": "cat early &"}
-    boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.LOOK_EVERY = 600")
+    boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.CHECK_EVERY = 600")
     gate.reached(), early.reached()
     until(lambda: world.status("z") == "completed")
     pid = next(pid for pid in boot.scripts() if os.getpgid(pid) == pid)
@@ -8811,15 +8240,15 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
     assert read_lines(world.directory / "n") == ["n"]
 
 
-@needs_proc
-def test_a_service_whose_completion_is_refused_has_failed_for_good(world: World, gate: Gate) -> None:
-    agent = PlayedAgent(world, "@ready file:up\n@retry 1 0\n: > up; cat gate; exit 3")
+@pytest.mark.parametrize("ready", ["", "@ready file:up\n"], ids=["script", "service"])
+def test_what_completes_and_is_refused_is_ended_and_has_failed_for_good(world: World, gate: Gate, ready: str) -> None:
+    agent = PlayedAgent(world, f"{ready}@retry 1 0\n: > up; cat gate")
+    if not ready:
+        gate.open()
     agent.refuses(agent.asked("complete"))
     failed = agent.asked("fail")
     assert failed["params"]["reason"] == "refused"
     agent.answers(failed, result={})
-    gate.open()
-    agent.answers(agent.asked("exited"), result={})
     agent.reports("failed", "refused")
     agent.boot.ends(1, "", "failed: a (refused); ")
 
