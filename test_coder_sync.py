@@ -5347,7 +5347,9 @@ STARTUPS = {
         unit("b-setup", registered=0),
     ),
     "it has run for 30 s": startup_of(31, unit("a", 0, 1)),
-    "it was over long ago": startup_of(3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("idle")),
+    "it was over long ago": startup_of(
+        3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("c", 0, 0, 1, exited=5)
+    ),
     "wide names": startup_of(
         *(12, unit("环境", 0, 0), unit("e\u0301tape", 0, 0, 9, status="failed", reason="no disk"), unit("b", 0, 0)),
         unit("tâche", 0, wants=["b"], waits_for=["b", "lock x"]),
@@ -5459,7 +5461,7 @@ no units yet
 1m18s in all; critical path: ... -> u3 3.0s -> u4 4.0s -> u5 5.0s -> u6 6.0s -> u7 7.0s -> u8 8.0s -> u9 9.0s -> u10 \
 10s -> u11 11s -> u12 12s (100% of it)
 ? summary: it was over long ago
-9.0s in all (1 not started); critical path: a 9.0s (100% of it)
+9.0s in all; critical path: a 9.0s (100% of it)
 ? blame: edges: 80
 by how long they ran:
 UNIT  RAN   OTHERS WAITED  STATUS
@@ -5579,6 +5581,10 @@ no units yet
 nothing waits, runs long or was skipped
 ? why: it has run for 30 s
 "a" started 30s ago, after waiting 1.0s; it is still running.
+? why: odd ends: its dependency was never started
+"its dependency was never started" has not started: for 3m05s it has been waiting for "never started" (start).
+"never started" has not started: nobody has called start on it; it is ready.
+    held up: its dependency was never started
 ? why: odd ends
 "never started" has not started: nobody has called start on it; it is ready.
     held up: its dependency was never started
@@ -5624,6 +5630,11 @@ REASON   WAITS FOR  UNIT
 no disk             e\u0301tape
                     b
          b, lock x  tâche
+? list: it was over long ago
+UNIT  STATUS     READY  AGE     REASON
+a     completed  true   59m51s
+b     completed  true   59m58s  runs on
+c     completed  true   59m59s  its process has ended
 ? list: nothing: unit
 no units yet
 ? status: all that status shows: alone
