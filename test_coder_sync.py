@@ -3635,7 +3635,6 @@ exit 124
 """
 REFUSALS = """
 $ want a a -> 1: cycle detected: a -> a; a unit cannot depend on itself
-$ want X256 b -> 1: unit name "xxx...256 bytes long; the limit is 255...
 $ start a --want=\udcff -> 1: unit name '\\udcff' has a character that cannot be printed
 $ start on -> 1: unit "on" is already started by ... (pid PARENT)
 $ fail dome -> 1: unit "dome" is not registered; call want, start or run on it first; did you mean "done"?
@@ -3646,9 +3645,7 @@ $ list --socket-path /\udcff/x -> 3: cannot reach an agent at /\\udcff/x: no suc
 $ list --socket-path X200 -> 3: cannot reach an agent at X200: AF_UNIX path too long
 $ start behind -> 4: unit "behind" skipped: dependency "bad" failed (no disk)
 $ wait bad -> 4: dependency "bad" failed (no disk)
-$ run behind -- echo ran -> 4: unit "behind" skipped: ...
 $ ; --socket-path -> 2: which command? want, start, ...; options follow it; see `coder_sync.py --help`
-$ --quiet start a -> 2: '--quiet': which command? want, start, ...; options follow it; see `coder_sync.py --help`
 $ frobnicate; help frobnicate -> 2: no such command: 'frobnicate'; there are want, start, ...
 $ stat -> 2: no such command: 'stat'; did you mean "start"?
 $ X500 -> 2: no such command: 'X59; there are ...
@@ -3807,34 +3804,29 @@ def test_env_prints_what_a_shell_takes_back(call: Call, agent: World, monkeypatc
 
 
 def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> None:
-    def rows(text: str, *keys: str) -> list[list[Any]]:
-        return [[row[key] for key in keys] for row in json.loads(text)]
-
     assert call.ok(agent, "list", "-o", "json") == "[]\n"
     agent.client.start("\u00e4", pid=os.getpid())
     agent.client.start("bad")
     agent.client.complete("bad", exit_code=9)
-    for unit, requires in (("nobody", "success"), ("\u00e4", "start"), ("bad", "completion")):
-        agent.client.want("table", unit, requires=requires)  # type: ignore[arg-type]
+    agent.client.want("table", "nobody")
+    agent.client.want("table", "\u00e4", requires="start")
+    agent.client.want("table", "bad", requires="completion")
     text = call.ok(agent, "list", "-o", "json")
     assert '"\u00e4"' in text  # for people, too
-    assert rows(text, "unit_name", "status", "is_ready", "reason", "exit_code") == [
-        ["bad", "failed", True, "exit code 9", 9],
-        ["table", "pending", False, "", None],
-        ["\u00e4", "started", True, "", None],
+    bad, table, started = json.loads(text)
+    first = {"unit_name": "bad", "status": "failed", "is_ready": True, "reason": "exit code 9", "exit_code": 9}
+    assert first.items() <= bad.items()
+    nothing = {"unit_name": "table", "status": "pending", "is_ready": False, "exit_code": None, "owner": None}
+    assert nothing.items() <= table.items() and "dependencies" not in table  # not []: it has some
+    assert started["owner"].keys() == {"pid", "command", "alive"} and started["owner"]["pid"] == os.getpid()
+    status = json.loads(call.ok(agent, "status", "table", "--output", "json"))
+    assert (status["unit_name"], status["status"], status["is_ready"]) == ("table", "pending", False)
+    keys = ("depends_on", "required_status", "current_status", "is_satisfied")
+    assert [tuple(row[key] for key in keys) for row in status["dependencies"]] == [
+        ("nobody", "completed", "not registered", False),
+        ("\u00e4", "started", "started", True),
+        ("bad", "ended", "failed", True),
     ]
-    (_, none), (_, owner) = [[row.get("dependencies"), row["owner"]] for row in json.loads(text)[1:]]
-    assert none is None and owner.keys() == {"pid", "command", "alive"} and owner["pid"] == os.getpid()
-    status = call.ok(agent, "status", "table", "--output", "json")
-    assert rows(f"[{status}]", "unit_name", "status", "is_ready") == [["table", "pending", False]]
-    dependencies = json.dumps(json.loads(status)["dependencies"])
-    assert rows(dependencies, "depends_on", "required_status", "current_status", "is_satisfied") == [
-        ["nobody", "completed", "not registered", False],
-        ["\u00e4", "started", "started", True],
-        ["bad", "ended", "failed", True],
-    ]
-    status = call.ok(agent, "status", "nobody knows it", "-o", "json")
-    assert rows(f"[{status}]", "status", "is_ready") == [["not registered", True]]
 
 
 def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
@@ -3965,29 +3957,28 @@ def test_at_the_default_path_an_agent_is_ones_own_or_roots(world: World) -> None
 
 @ROOT
 def test_root_takes_no_variables_from_an_agent_of_another_user(world: World) -> None:
-    def told(process: subprocess.Popen[str], out: str) -> None:
-        done = finish(process)
-        assert (done.returncode, done.stdout) == (0, out)
-        who = f"the agent at {world.path}, which belongs to nobody"
-        assert done.stderr.count(f"warning: root takes no environment variables from {who}\n") == 1
-
-    leave = "echo CODE=evil >> $CODER_SYNC_ENV"
+    leave, take = "echo CODE=evil >> $CODER_SYNC_ENV", ["--", "sh", "-c", "echo got $CODE"]
     with foreign_agent(world) as default:
         world.ok("run", "evil", "--", "sh", "-c", leave)
         world.ok("want", "a", "evil")
-        for changes in ("", default):
-            told(world.spawn(altered(changes, "env", "a")), "")
-            run = ["run", f"run-{next(COUNT)}", "--want", "evil", "--", "sh", "-c", "echo got $CODE"]
-            told(world.spawn(altered(changes, *run)), "got\n")
-        script = "# coder-sync: want evil\n# coder-sync: extern evil\necho got $CODE"
-        scripts = {"b": script, "d": "# coder-sync: want b\n" + script}
-        told(Boot(world, scripts).process, "b | got\nd | got\n")
+        script = "@want evil\n@extern evil\necho got $CODE"
+        boot = Boot(world, {"b": script, "d": f"@want b\n{script}"})
+        for process, out in (
+            (world.popen("env", "a"), ""),
+            (world.popen("run", "c", "--want", "evil", *take), "got\n"),
+            (world.spawn(altered(default, "env", "a")), ""),
+            (boot.process, "b | got\nd | got\n"),
+        ):
+            done = finish(process)
+            assert (done.returncode, done.stdout) == (0, out)
+            who = f"the agent at {world.path}, which belongs to nobody"
+            assert done.stderr.count(f"warning: root takes no environment variables from {who}\n") == 1
         assert world.client.env("a") == {}
-        with world.client.unit("c", want=["evil"]) as start:
+        with world.client.unit("e", want=["evil"]) as start:
             assert start.environment == {}
     with foreign_agent(world, uid=0):
         world.ok("run", "good", "--", "sh", "-c", leave)
-        assert world.ok("run", "a", "--want", "good", "--", "sh", "-c", "echo got $CODE") == "got evil\n"
+        assert world.ok("run", "a", "--want", "good", *take) == "got evil\n"
 
 
 IMPOSTORS = {
@@ -4222,14 +4213,6 @@ def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) ->
     assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
 
 
-def test_a_run_whose_unit_others_complete_between_two_tries_ends(agent: World) -> None:
-    run = agent.popen("run", "a", "--retry", "1", "--retry-delay", "10m", "--", "false")
-    assert "try 2 of 2" in line_of(run.stderr)
-    until(lambda: agent.client.status("a").owner.alive is None)  # not False: the run is not gone
-    agent.ok("complete", "a")
-    assert finish(run).returncode == 1 and agent.status("a") == "completed"
-
-
 def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
     run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
     assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
@@ -4390,29 +4373,10 @@ def test_stop_has_supervisors_end_what_runs_dependents_first_and_says_what(agent
     assert (done.returncode, done.stdout, done.stderr) == (0, "stopped: app, db\n", "")
     assert agent.client.status("db").reason == "stopped"
     assert (agent.ok("stop"), agent.ok("stop", "-q")) == ("nothing runs\n", "")
-    assert agent.run("stop", "dv").stderr == 'error: unit "dv" is not registered; call want, start or run on it first\n'
-
-
-def test_stop_tells_all_at_half_time_names_what_is_left_and_goes_on_without_who_asked(world: World) -> None:
-    answering(world, altered("coder_sync.STOP_PATIENCE = 0.1", "serve", "-q"))
-    db, app = Supervisor(world, "db"), Supervisor(world, "app", dependencies=["db"])
-    world.client.start("script")
-    other = world.connect()
-    other.request("stop", grace=0.5)
-    other.close()
-    bears_silence = "coder_sync.NAMED_AFTER, coder_sync.STOP_PATIENCE = 0.2, 20.0"
-    stopping = world.spawn(altered(bears_silence, "stop", "--grace", "0.5s"))
-    app.told()
-    db.told()
-    app.ended()
-    done = finish(stopping)
-    assert (done.returncode, done.stdout) == (1, "stopped: app\n")
-    still = rf'unit "db" still runs: .*python.* \(pid {os.getpid()}\)'
+    agent.client.start("script")
+    done = agent.run("stop", "script")
     cannot = r'unit "script" cannot be stopped: it is .+ \(pid \d+\), which has no supervisor: end that process'
-    assert re.fullmatch(f"error: {still}; {cannot}\n", done.stderr)
-    db.ended()
-    assert world.client.stop("db", "app") == []
-    assert [unit.reason for unit in world.client.list()] == ["stopped", "stopped", ""]
+    assert done.returncode == 1 and re.fullmatch(f"error: {cannot}\n", done.stderr)
 
 
 @pytest.mark.parametrize("how", ["TERM", "shutdown", "replace", "TERM twice"], ids=hyphenated)
@@ -4519,15 +4483,6 @@ def test_a_run_finds_its_command_in_the_path_that_a_dependency_has_left(agent: W
     until(lambda: agent.status("b") == "completed")
 
 
-@pytest.mark.parametrize("ready", ["", "--ready true", "--ready notify"], ids=["", "true", "notify"])
-def test_a_run_that_lacks_descriptors_says_so_in_one_line(agent: World, ready: str) -> None:
-    patch = "coder_sync.LAST_WAIT = coder_sync.Task.grace = 0.1"
-    for limit in ("-n 5", "-n 6"):
-        argv = altered(patch, "run", "a", *ready.split(), "--", "sh", "-c", "exec sleep 0.1")
-        done = finish(agent.spawn(["sh", "-c", f'ulimit {limit}; exec "$@"', "-", *argv]))
-        assert re.fullmatch("error: .*Too many open files.*\n", done.stderr) and done.returncode in (1, 125), done
-
-
 def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate) -> None:
     run = agent.popen("run", "a", "--ready", "true", "--ready-timeout", "1000h", "--", "cat", "gate")
     agent.ok("wait", "a", "--ready", "sleep 0.1", "--timeout", "1000h")
@@ -4611,25 +4566,6 @@ def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
         mixed.shell(f"set -e; trap 'coder complete {unit} --exit-code $?' EXIT; coder start {unit}; {end}")
         found = mixed.client.status(unit)
         assert (found.status, found.reason) == ("failed" if reason else "completed", reason)
-
-
-WILD = [
-    """set -euo pipefail; trap 'coder exp sync complete UNIT' EXIT
-    coder exp sync want UNIT a b c; coder exp sync start --timeout 30m UNIT""",
-    """sync() { coder exp sync "$@" > /dev/null 2>&1 || true; }
-    sync want UNIT a b c; sync start UNIT; sync complete UNIT""",
-    """(coder exp sync want ready-UNIT a b c; coder exp sync start ready-UNIT; coder exp sync complete ready-UNIT) &
-    coder exp sync want UNIT ready-UNIT a b; coder exp sync start UNIT; coder exp sync complete UNIT""",
-]
-
-
-def test_the_forms_in_which_scripts_call_it(agent: World) -> None:
-    agent.end("a", "b", "c")
-    for n, script in enumerate(WILD):
-        done = agent.shell(script.replace("UNIT", f"form-{n}"), "bash")
-        assert (done.returncode, done.stderr) == (0, ""), script
-        found = agent.client.status(f"form-{n}")
-        assert (found.status, len(found.dependencies)) == ("completed", 3)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4769,17 +4705,16 @@ def test_garbage_is_collected_by_all_but_plain_calls(shared: World, world: World
 
 @BOTH_FORMS
 def test_a_damaged_file_is_said_to_be_one_in_one_line(world: World, form: str) -> None:
-    path = tool(world, form)
-    whole = Path(path).read_bytes()
-    cut = whole.index(b"\n# Client. ")
-    for size in (300, 4096, 8192, cut - 1, cut + 8192, whole.rindex(b"\ndef ")):
+    path = Path(tool(world, form))
+    whole = path.read_bytes()
+    for size in (300, 8192, whole.index(b"\n# Client. ") - 1, whole.rindex(b"\ndef ")):
         if form == "plain" or size < 10_000:
-            Path(path).write_bytes(whole[:size])
-            done = command(world, path, "list")
+            path.write_bytes(whole[:size])
+            done = command(world, str(path), "list")
             assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and "internal" not in done.stderr, size
     for at in (len(whole) // 8, len(whole) // 2):
-        Path(path).write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
-        done = command(world, path, "list", "--connect-timeout", "0")
+        path.write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
+        done = command(world, str(path), "list", "--connect-timeout", "0")
         said = "cannot reach an agent" if form == "installed" else "is damaged: copy or install it again\n"
         assert said in done.stderr and done.stderr.count("\n") == 1  # an installed one has its source
 
