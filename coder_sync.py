@@ -1,7 +1,7 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;SELF=open(sys.argv[1],"rb",0);exec(SELF.read(9999).split(b"#:\n")[1]);launch()' \
+    'import sys;sys.tracebacklimit=0;SELF=open(sys.argv[1],"rb",0);exec(SELF.read(9999).split(b"#:\n")[-2]);launch()' \
     "$0" "$@"
 """
 # /// script
@@ -62,20 +62,22 @@ The file is also a module: `from coder_sync import Client`. Its sections, top to
     Install         a copy with its bytecode
     Command line    all other command lines, and the other commands
 
-The first lines make the file an executable that starts the interpreter isolated and without site, on any system with
-a `sh`. The file is cut above Client: want, start, complete and fail need only what is above the cut, so `launch`
-compiles no more for them, and `install` writes a copy that is not compiled at all. A call is mostly the start of the
-interpreter, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`,
-`threading` and `typing` each cost more than everything that it does.
+The first lines make the file an executable, on any system with a `sh`: they start the interpreter isolated and without
+site, and call `launch`. The file is cut above Client. What stands above the cut is all that want, start, complete and
+fail need: `launch` compiles the rest only for other commands, and a copy by `install` has both parts as bytecode. Most
+of the time of a call goes into the start of the interpreter, so nothing is imported above the cut that such a call does
+not need: `os`, `socket`, `json`, `argparse`, `threading` and `typing` each cost more than all the rest of it.
 """
 
 #:
-# The first lines run the code from here to the next such line on its own; so does `python3 COPY`. Python 2 can read it.
+# The first lines run only the code from here to the next `#:`, and so does `python3 COPY`. Python 2 can read it.
 import errno
 import gc
 import posix  # what os is made of
 import sys
 import time
+
+FUTURE = b"from __future__ import annotations"
 
 
 def source_in(data):  # type: (bytes) -> bytes
@@ -84,45 +86,44 @@ def source_in(data):  # type: (bytes) -> bytes
 
 
 def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
-    """Return the source above the cut and below it, with its line numbers. Raises ValueError if some is missing."""
+    """Return the source above the cut and below it, each to be compiled alone. Raises ValueError if it is damaged."""
     above, cut, below = source.partition(b"\n# Client. ")
     if not below.endswith(b"main()\n"):
         raise ValueError
-    return above, b"\n" * above.count(b"\n") + cut + below
+    return above, FUTURE + b"\n" * above.count(b"\n") + cut + below  # with the line numbers of the file
 
 
-def half_of(file, below):  # type: (Any, bool) -> list[Any]
+def code_in(file, below):  # type: (Any, bool) -> list[Any]
     """Return the code above the cut, or below it, of this file or of an installed copy.
 
-    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled, one section
-    after the other, which takes less memory than all at once, and so less time.
+    A copy has bytecode, which is used if it is for this Python and undamaged. Source is compiled section by section,
+    which takes less memory than the whole at once, and so less time.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
     from marshal import loads
 
-    mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
+    mark = MAGIC_NUMBER + b"\1\0\0\0"  # begins a .pyc that is not compared with its source (PEP 552)
     file.seek(0)
     data = file.read(-1 if below else 1 << 18)
-    start = data.find(mark) + 16
-    if below:
-        start = data.find(mark, start) + 16
-    code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
-    if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
+    at = data.find(mark, data.find(mark) + 1 if below else 0)
+    size = int.from_bytes(data[at + 8 : at + 12], "little")
+    code = memoryview(data)[at + 16 : at + 16 + size]
+    if at >= 0 and source_hash(0, code)[:4] == data[at + 12 : at + 16]:
         return [loads(code)]
     try:
-        parts, line, future = [], 0, b"from __future__ import annotations"
-        for part in halves(source_in(data + file.read()))[below].split(b"\n\n\n# --"):
-            text = future + b"\n" * line + b"#" + part if line or below else part
-            parts.append(compile(text, sys.argv[0], "exec"))
-            line += part.count(b"\n") + 3
+        parts, start, lines = [], b"", 0
+        for section in halves(source_in(data + file.read()))[below].split(b"\n\n\n# --"):
+            parts.append(compile(start + section, sys.argv[0], "exec"))
+            lines += section.count(b"\n") + 3
+            start = FUTURE + b"\n" * lines + b"#"
         return parts
     except (SyntaxError, ValueError):
         sys.exit("error: " + sys.argv[0] + " is damaged: copy or install it again")
 
 
 def exit_on_signals():  # type: () -> None
-    """Have signals end process 1, which the system spares their usual effect. In a container any call may be it."""
+    """Have signals end this process, which is process 1: the system ignores them there unless they have a handler."""
     import _signal as signal  # type: ignore[import-not-found]
 
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -131,23 +132,23 @@ def exit_on_signals():  # type: () -> None
 
 
 def launch():  # type: () -> None
-    """Run the code above the cut; at the cut it goes on by itself."""
+    """Run the code above the cut, whose last lines go on with what is below it."""
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
     if posix.getpid() == 1:
         exit_on_signals()
-    gc.disable()  # all that comes now stays
+    gc.disable()  # until all is loaded, since that stays
     del sys.argv[: sys.argv[0] == "-c"]
-    globals().update(__name__="coder_sync", __file__=sys.argv[0])
+    globals()["__file__"] = sys.argv[0]
     try:
-        for part in half_of(SELF, False):  # which the first lines have opened
-            exec(part, globals())
+        for code in code_in(SELF, False):  # the file that the first lines have opened
+            exec(code, globals())
     except KeyboardInterrupt:
         posix._exit(130)
 
 
 #:
-(NEEDED := "Python 3.8 or later")  # SyntaxError on an older one shows this text
+(NEEDED := "Python 3.8 or later")  # an older one shows this line as a SyntaxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-SELF: Any = globals().get("SELF")  # our file, open while only what is above the cut has run
+SELF: Any = globals().get("SELF")  # this file, open while `launch` has loaded only what is above the cut
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
@@ -658,23 +659,23 @@ def user_name(uid: int) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Connection. What asks an agent. Every call has a connection of its own, so a Client may be used from several threads;
-# `unit` keeps one open while its block runs. Nothing is polled: the agent answers when a unit may start or the time is
-# up, and one that is silent for too long is taken for gone. Times are in seconds.
+# Connection. The client's side of a connection to the agent. Every call has its own connection, so a Client may be used
+# from several threads; `unit` keeps one open while its block runs. Nothing is polled: the agent answers when a unit may
+# start, or when the time is up. An agent that is silent for too long is taken for gone. Times are in seconds.
 # ----------------------------------------------------------------------------------------------------------
 
-LATE = 1.0  # seconds after a time-out within which the agent has to say so
+LATE = 1.0  # seconds after a time-out for which a client still waits for the agent's answer
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # what a starting agent may answer
-UNSHARED = 0.2  # seconds that a starting agent takes at most from making its socket to sharing it
+RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # errors while an agent starts
+UNSHARED = 0.2  # seconds, at most, between an agent's making its socket and its sharing it with other users
 NAMED_AFTER = 5.0  # seconds of silence before a warning; after REPLY_TIMEOUT the agent is taken for gone
-COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that is starting
+COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # methods that wait for an agent to start
 
 
 def duration(text: str) -> float:
-    """Return seconds from a duration as Go's time.ParseDuration has it (1h30m, 500ms) or bare seconds.
+    """Return the seconds in a duration, written as for Go's time.ParseDuration (1h30m, 500ms) or as a bare number.
 
-    0 means no limit wherever a timeout is asked for. Raises UsageError.
+    Wherever a timeout is expected, 0 means no limit. Raises UsageError.
     """
     digits, total = "0123456789.", 0.0
     rest = text if text.strip(digits) else text + "s"
@@ -693,7 +694,7 @@ def duration(text: str) -> float:
 
 
 class Started(Record):
-    """What `start` returns: the dependencies of the unit, and how many seconds it waited for them."""
+    """The result of `start`: the dependencies of the unit, and how many seconds it waited for them."""
 
     unit: str
     dependencies: list[str]
@@ -701,27 +702,27 @@ class Started(Record):
 
 
 class Channel:
-    """One connection to an agent: requests out, messages in."""
+    """A connection to an agent: sends requests, receives messages."""
 
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
         """Connect, trying for `connect_timeout` seconds, unless `sock` is connected already. Raises Unreachable."""
         self.path = path
-        self._next = 0
-        self._buffer = bytearray()
-        self._lines: list[bytearray] = []  # that nobody has received
+        self._last_id = 0
+        self._buffer = bytearray()  # the beginning of a line
+        self._lines: list[bytearray] = []  # complete lines, not yet returned by `receive`
         self.sock: Any = sock or connected(path, connect_timeout)
         self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
-        self._withheld = False  # whether it was said that variables were not taken
-        if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # anybody may have been there first
+        self._warned = False  # that variables are not taken
+        if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
             self.close()
             who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
             raise Foreign(f"{who}; choose another --socket-path")
 
     def request(self, method: str, **params: Any) -> int:
         """Send a request and return its id."""
-        self._next += 1
-        data = encode({"id": self._next, "method": method, "params": params})
+        self._last_id += 1
+        data = encode({"id": self._last_id, "method": method, "params": params})
         if len(data) > MAX_LINE:
             raise Refused(f"{method}: too much for one request ({len(data)} bytes of {MAX_LINE}); use several calls")
         deadline = time.monotonic() + REPLY_TIMEOUT
@@ -729,19 +730,20 @@ class Channel:
             try:
                 self.sock.settimeout(0)
                 data = data[self.sock.send(data) :]
-            except BlockingIOError:  # it may be busy answering: take what it says, so that both can go on
+            except BlockingIOError:  # if the agent is blocked too, while it sends, it can go on when we read
                 if time.monotonic() > deadline:
-                    raise Unreachable(self._silence(REPLY_TIMEOUT)) from None
+                    raise Unreachable(self.silence(REPLY_TIMEOUT)) from None
                 self._read(0.01)
-            except OSError:  # the next read says so, but it may have said why before it hung up
+            except OSError:  # the next `receive` raises Unreachable, after what the agent sent before it closed
                 break
-        return self._next
+        return self._last_id
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
         while not self._lines:
-            if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
+            self._read(deadline - time.monotonic())
+            if not self._lines and time.monotonic() >= deadline:
                 return None
         line = bytes(self._lines.pop(0))
         try:
@@ -752,33 +754,30 @@ class Channel:
             raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
-    def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
-        """Return the next message, or None if the time `end` comes first.
+    def expect(self, quiet: float = 0.0, deadline: float = NEVER) -> dict[str, Any] | None:
+        """Return the next message, or None at the time `deadline`.
 
-        The agent may be silent for `quiet` seconds. NAMED_AFTER later it is named in a warning, and REPLY_TIMEOUT later
-        it is taken for gone: raises Unreachable.
+        The agent may be silent for `quiet` seconds. It is named in a warning NAMED_AFTER seconds later, and taken for
+        gone REPLY_TIMEOUT seconds later: raises Unreachable.
         """
-        since = time.monotonic() + quiet
-        for silent in (NAMED_AFTER, REPLY_TIMEOUT):
-            message = self.receive(min(end, since + silent) - time.monotonic())
-            if message or time.monotonic() >= end:
+        due = time.monotonic() + quiet
+        for late in (NAMED_AFTER, REPLY_TIMEOUT):
+            message = self.receive(min(deadline, due + late) - time.monotonic())
+            if message or time.monotonic() >= deadline:
                 return message
-            if silent == NAMED_AFTER:
-                say(f"warning: {self._silence(silent)}", 2)
-        raise Unreachable(self._silence(REPLY_TIMEOUT))
+            if late == NAMED_AFTER:
+                say(f"warning: {self.silence(late)}", 2)
+        raise Unreachable(self.silence(REPLY_TIMEOUT))
 
-    def _read(self, timeout: float) -> bool:
-        """Read what has come; return False if nothing comes within `timeout` seconds. Raises Unreachable."""
-        from _socket import timeout as socket_timeout
-
+    def _read(self, timeout: float) -> None:
+        """Read what the agent has sent; wait for it `timeout` seconds at most. Raises Unreachable."""
         longest = 1.0 if posix.getpid() == 1 else LONGEST_POLL  # process 1 handles its signals between two waits
-        timeout = min(max(timeout, 0.0), longest)
-        self.sock.settimeout(timeout)
+        self.sock.settimeout(min(max(timeout, 0.0), longest))
         try:
             chunk = self.sock.recv(65536)
-        except (BlockingIOError, socket_timeout):
-            return False
-        except OSError:
+        except OSError as error:
+            if error.errno in (None, errno.EAGAIN):  # None: after a wait
+                return
             chunk = b""
         if not chunk:
             raise Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
@@ -788,42 +787,41 @@ class Channel:
             self._lines += lines
         elif len(self._buffer) > MAX_REPLY:
             raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
-        return True
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
-        """Return the result of a request. Raises what the agent answered.
+        """Return the result of a request, or raise the error in its answer.
 
-        Raises Unreachable if there is none `timeout` seconds after the `quiet` seconds that the agent may take.
+        Raises Unreachable if there is no answer within `quiet` + `timeout` seconds.
         """
-        end = time.monotonic() + quiet + timeout
-        while message := self.hear(quiet, end):
+        deadline = time.monotonic() + quiet + timeout
+        while message := self.expect(quiet, deadline):
             if is_answer(message, request):
                 return unwrap(message)
-        raise Unreachable(self._silence(timeout))
+        raise Unreachable(self.silence(timeout))
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
         return self.answer(self.request(method, **params))
 
-    def news(self, data: Any) -> Answer:
-        """Return what the agent says of a unit. Raises Unreachable.
+    def as_answer(self, data: Any) -> Answer:
+        """Return what the agent sent about a unit as a record. Raises Unreachable.
 
-        Environment variables are code, so root takes none from an agent of another user, and says so once.
+        Environment variables are code: root takes none from the agent of another user, and prints one warning.
         """
         answer = record(Answer, data)
         if answer.env and self._foreign and posix.geteuid() == 0:
-            if not self._withheld:
+            if not self._warned:
                 whose = f"the agent at {self.path}, which belongs to {user_name(self.uid)}"
                 say(f"warning: root takes no environment variables from {whose}", 2)
-            self._withheld, answer.env = True, {}
+            self._warned, answer.env = True, {}
         return answer
 
     def fileno(self) -> int:
-        """Return the descriptor to poll."""
+        """Return the file descriptor, to poll it."""
         return int(self.sock.fileno())
 
     def close(self) -> None:
-        """Hang up, which ends the claims of the connection."""
+        """Close the connection, which ends its claims on units."""
         self.sock.close()
 
     def __enter__(self) -> Channel:
@@ -834,15 +832,16 @@ class Channel:
 
     @property
     def agent(self) -> str:
-        """The agent, for a message."""
+        """The agent, as messages name it."""
         return f"the agent at {self.path}" + (f" (pid {self.pid})" if self.pid else "")
 
-    def _silence(self, seconds: float) -> str:
+    def silence(self, seconds: float) -> str:
+        """Return the message about an agent that has been silent for so many seconds."""
         return f"{self.agent} has not answered for {seconds:.0f} s; is it stopped?"
 
 
 def connected(path: str, connect_timeout: float) -> Any:
-    """Return a socket connected to the agent at a path; try for `connect_timeout` seconds. Raises Unreachable."""
+    """Return a socket connected to the agent at `path`; try for `connect_timeout` seconds. Raises Unreachable."""
     from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
 
     began, pause = time.monotonic(), 0.005
@@ -854,17 +853,17 @@ def connected(path: str, connect_timeout: float) -> Any:
             return sock
         except OSError as error:
             sock.close()
-            patience = min(connect_timeout, UNSHARED) if error.errno == errno.EACCES else connect_timeout
-            if error.errno not in RETRIED or not time.monotonic() < began + patience:
+            limit = min(connect_timeout, UNSHARED) if error.errno == errno.EACCES else connect_timeout
+            if error.errno not in RETRIED or time.monotonic() >= began + limit:
                 raise Unreachable(explain(path, error)) from None
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
 
 
 def who_is_at(sock: Any) -> tuple[int, int]:
-    """Return the pid and the uid at the other end of a connection, or 0 and -1 if the system does not tell.
+    """Return pid and uid of the process at the other end of a connection, or 0 and -1 if the system does not tell.
 
-    For a client these are the process and user that called listen(2).
+    At the client's end these are of the process that called listen(2).
     """
     import _socket
 
@@ -879,7 +878,7 @@ def who_is_at(sock: Any) -> tuple[int, int]:
 
 
 def our_caller() -> dict[str, int]:
-    """Return the parameter that names our parent process, where the agent has no /proc to find it in."""
+    """Return the parameter for the pid of our parent, which an agent needs where there is no /proc."""
     return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
 
@@ -908,12 +907,12 @@ def records(kind: type[R], rows: Any) -> list[R]:
 
 
 def agent_path(given: str) -> str:
-    """Return where the agent listens: as given, else as the environment says, else the default path."""
+    """Return the path of the agent's socket: `given`, else the one in the environment, else the default."""
     return given or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
 
 
 def explain(path: str, error: OSError) -> str:
-    """Return why an agent could not be reached, and what to do, in one line."""
+    """Return a line that says why an agent cannot be reached, and what to do."""
     import stat
 
     start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
@@ -939,19 +938,19 @@ def explain(path: str, error: OSError) -> str:
 
 
 def name_list(names: Iterable[str]) -> list[str]:
-    """Return names as a list. Raises TypeError for a str, which would be taken for a list of letters."""
+    """Return names as a list. Raises TypeError for a str, whose letters would be taken for names."""
     if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
     return list(names)
 
 
-class Caller:
-    """The part of Client that scripts call most."""
+class BaseClient:
+    """The part of Client above the cut: the calls that scripts make most."""
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Each call connects, trying for `connect_timeout` seconds if an agent may still be starting. The default is
+        Each call opens a connection, and tries to for `connect_timeout` seconds. The default is
         $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for calls that coordinate, and one try for questions.
         """
         self.socket_path = agent_path(socket_path)
@@ -962,21 +961,20 @@ class Caller:
             raise UsageError(f"CODER_SYNC_CONNECT_TIMEOUT: {error}") from None
 
     def _channel(self, method: str) -> Channel:
-        patience = CONNECT_TIMEOUT if method in COORDINATING else 0.0
-        return Channel(self.socket_path, patience if self.connect_timeout is None else self.connect_timeout)
+        default = CONNECT_TIMEOUT if method in COORDINATING else 0.0
+        return Channel(self.socket_path, default if self.connect_timeout is None else self.connect_timeout)
 
     def _call(self, method: str, **params: Any) -> Any:
         with self._channel(method) as channel:
             return channel.call(method, **params)
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
-        """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
+        """Make `unit` depend on `dependencies`, all or none; return all its dependencies. Raises CycleError."""
         return list(self.declare(unit, *dependencies, requires=requires)["dependencies"])
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
-        """As `want`, but return the `dependencies` and the `status` of the unit."""
-        answer = record(Answer, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires))
-        return {"unit": answer.unit, "dependencies": answer.dependencies, "status": answer.status}
+        """Do the same as `want`, but return `dependencies` and `status` of the unit."""
+        return vars(record(Answer, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires)))
 
     def start(
         self,
@@ -990,15 +988,13 @@ class Caller:
     ) -> Started:
         """Wait until `unit` may run, and mark it started, in one step. `timeout` is in seconds; 0 is no limit.
 
-        `want` adds dependencies first. If the process `pid` ends before the unit has, the unit fails. Only one of the
-        units with the same lock is started at a time. `on_wait` is called with what is missing and the seconds
+        `want` adds dependencies first. If the process `pid` ends before the unit does, the unit fails. Only one of the
+        units with the same lock is started at a time. `on_wait` is called with the missing dependencies and the seconds
         waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError, DependencyFailed,
         TimedOut.
         """
         params: dict[str, Any] = {"dependencies": want, "requires": requires, "locks": locks, "pid": pid}
-        with Start(self, unit, timeout, on_wait, **params) as start:
-            start.confirm()
-        return start.result
+        return Start(self, unit, timeout, on_wait, **params).confirm()
 
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
@@ -1013,54 +1009,48 @@ class Caller:
 
 
 class Start:
-    """A start and its connection, which holds the unit if `hold`."""
+    """A unit that has been started over a connection. With `hold` it fails if the connection closes before it ends."""
 
     def __init__(
-        self, client: Caller, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
+        self, client: BaseClient, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
-        """`params` are further parameters of the agent's method `start`."""
+        """Wait until the agent has started the unit. `params` are further parameters of its method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
-        self.client, self.unit, self.timeout, self.on_wait = client, check_name(unit), timeout, on_wait
-        self.params = {**params, **our_caller(), "unit": unit, "hold": hold, "confirm": not hold}
-        self.result = Started(unit, [], 0.0)
-        self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
-
-    def __enter__(self) -> Start:
+        params.update(unit=check_name(unit), hold=hold, confirm=not hold, **our_caller())
         began = time.monotonic()
-        self.channel = self.client._channel("start")
+        self.channel = client._channel("start")
         try:
-            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
-            answer = self.channel.news(result)
-            self.environment = answer.env
+            result = wait_for(self.channel, f"dependencies of unit {unit}", timeout, on_wait, "start", **params)
+            answer = self.channel.as_answer(result)
         except BaseException:
             self.channel.close()
             raise
-        self.result = Started(self.unit, answer.dependencies, time.monotonic() - began)
-        return self
+        self.result = Started(unit, answer.dependencies, time.monotonic() - began)
+        self.environment = answer.env  # the variables that the unit's dependencies have left for it
 
-    def confirm(self) -> None:
-        """Tell the agent that its answer has arrived; else it gives the unit to the next in line."""
-        self.channel.request("confirm", id=1)
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self.channel.close()
+    def confirm(self) -> Started:
+        """Tell the agent that its answer has arrived: otherwise the next claim on the unit is granted."""
+        with self.channel:
+            self.channel.request("confirm", id=1)
+        return self.result
 
 
 def wait_for(
     channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
-    """Send a request that may wait, and return its result; call `on_wait` with what is missing now and then.
+    """Send a request whose answer may take `timeout` seconds, or any time if that is 0; return the result.
 
-    The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own limit
-    is only for an agent that does not answer. Raises TimedOut, ValueError, and what the agent answers.
+    `on_wait` is called with the missing dependencies whenever the agent sends them. The agent answers when the time is
+    up; our own deadline, a little later, is for an agent that does not. Raises TimedOut, ValueError, and the error in
+    the answer.
     """
     if not 0 <= timeout < 1e9:
         raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
-    end = time.monotonic() + timeout + LATE if timeout else NEVER
+    deadline = time.monotonic() + timeout + LATE if timeout else NEVER
     request = channel.request(method, timeout=timeout, progress=True, **params)
     missing: list[Dependency] = []
-    quiet = 0.0  # that the wait has begun is said at once
-    while message := channel.hear(quiet, end):
+    quiet = 0.0  # before the first notification `waiting`
+    while message := channel.expect(quiet, deadline):
         if is_answer(message, request):
             return unwrap(message)
         if message.get("method") == "waiting":
@@ -1068,8 +1058,7 @@ def wait_for(
             missing, quiet = waiting.missing, REPORT_EVERY
             if on_wait:
                 on_wait(missing, waiting.waited)
-    on = "dependencies of " if method == "start" else ""
-    raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
+    raise TimedOut(f"timeout waiting for {what}; the agent does not answer", missing)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1102,9 +1091,9 @@ class Args:
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-def make_caller(args: Args) -> Caller:
-    """Return the client that the common options describe, as far as it is above the cut."""
-    return Caller(args.socket_path, args.connect_timeout)
+def base_client(args: Args) -> BaseClient:
+    """Return a client for the common options, with the calls above the cut."""
+    return BaseClient(args.socket_path, args.connect_timeout)
 
 
 def number(text: str) -> int:
@@ -1237,12 +1226,12 @@ class Reporter:
         return f"started; satisfied already: {some_names(started.dependencies)}"
 
 
-def make_start(args: Args, report: Reporter, **more: Any) -> Start:
-    """Return the start that the options of `start` and `run` describe. Raises UsageError."""
+def start_unit(args: Args, report: Reporter, **more: Any) -> Start:
+    """Start a unit, for the options that `start` and `run` have in common. Raises UsageError."""
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
     params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
-    return Start(make_caller(args), args.unit, args.timeout, report, **params)
+    return Start(base_client(args), args.unit, args.timeout, report, **params)
 
 
 @Command(
@@ -1254,7 +1243,7 @@ def make_start(args: Args, report: Reporter, **more: Any) -> Start:
 )
 def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
-    status = make_caller(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
+    status = base_client(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {STARTED} already, so this counts the next time it starts" if status == STARTED else ""
     say(f"{args.unit}: depends on {some_names(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
 
@@ -1268,9 +1257,9 @@ def cmd_want(args: Args) -> None:
 def cmd_start(args: Args) -> None:
     """Wait until UNIT may run, and mark it started."""
     report = Reporter(args, f"{args.unit}: ")
-    with make_start(args, report, pid=args.pid) as start:
-        say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
-        start.confirm()  # the last step: if we are killed before, the next in line has the unit
+    start = start_unit(args, report, pid=args.pid)
+    say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
+    start.confirm()  # last: if this process is killed before, the next claim on the unit is granted
 
 
 @Command(
@@ -1281,7 +1270,7 @@ def cmd_start(args: Args) -> None:
 )
 def cmd_complete(args: Args) -> None:
     """End UNIT, so that others may go on."""
-    make_caller(args).complete(args.unit, args.exit_code)
+    base_client(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
 
 
@@ -1293,7 +1282,7 @@ def cmd_complete(args: Args) -> None:
 )
 def cmd_fail(args: Args) -> None:
     """End UNIT without success, so that what requires it is skipped."""
-    make_caller(args).fail(args.unit, args.reason)
+    base_client(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
 
 
@@ -1390,14 +1379,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if SELF:  # launched
-    if not quick(sys.argv[1:]):
-        for part in half_of(SELF, True):
-            exec(part, globals())
-        gc.freeze()  # what is loaded stays, and need not be looked through
-        gc.enable()
-    SELF = None  # which closes it
+if __name__ == "__main__" and quick(sys.argv[1:]):
     main()
+if SELF:  # by `launch`
+    rest, SELF = code_in(SELF, True), None
+    for code in rest:
+        exec(code, globals())
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
 
@@ -1472,7 +1459,7 @@ class Graph(Record):
     nodes: list[UnitStatus]
 
 
-class Client(Caller):
+class Client(BaseClient):
     """Talk to an agent. All times in seconds.
 
     Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
@@ -1511,7 +1498,7 @@ class Client(Caller):
         Raises NotRegistered.
         """
         with self._channel("env") as channel:
-            return channel.news(channel.call("env", unit=unit)).env
+            return channel.as_answer(channel.call("env", unit=unit)).env
 
     def stop(self, *units: str, grace: float = GRACE) -> list[str]:
         """End the commands of units and of what depends on them, dependents first; of all units if none is named.
@@ -1572,7 +1559,7 @@ class Client(Caller):
                 message = channel.receive(REPORT_EVERY)
                 if message is None:  # is the agent still there?
                     channel.request("ping")
-                    message = channel.hear() or {}
+                    message = channel.expect() or {}
                 if message.get("method") == "event":
                     yield record(Event, message.get("params"))
 
@@ -1592,24 +1579,29 @@ class Client(Caller):
         return Block(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
 
-class Block(Start):
-    """The start of `with client.unit(...)`."""
+class Block:
+    """The context manager of `Client.unit`."""
+
+    def __init__(self, *args: Any, **params: Any) -> None:
+        """Take the arguments of Start."""
+        self.args, self.params = args, params
+
+    def __enter__(self) -> Start:
+        self.start = Start(*self.args, **self.params)
+        return self.start
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         code: Any = error.code if isinstance(error, SystemExit) else error
-        try:
-            if code in (None, 0):
-                self.channel.call("complete", unit=self.unit)
-            elif isinstance(code, int):
-                self.channel.call("fail", unit=self.unit, exit_code=int(code))
-            else:
-                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
-                self.channel.call("fail", unit=self.unit, reason=reason)
-        except SyncError:
-            if error is None:  # else the block's own exception matters more
-                raise
-        finally:
-            self.channel.close()
+        outcome: dict[str, Any] = {}
+        if code not in (None, 0):
+            text = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+            outcome = {"exit_code": int(code)} if isinstance(code, int) else {"reason": text}
+        with self.start.channel as channel:
+            try:
+                channel.call("fail" if outcome else "complete", unit=self.start.result.unit, **outcome)
+            except SyncError:
+                if error is None:  # else the block's own exception matters more
+                    raise
 
 
 def let_go(unit: str, owner: Owner | None) -> str:
@@ -1792,13 +1784,13 @@ def in_background() -> tuple[int, int]:
     return 0, front
 
 
-# -- signals, and how a command is run------------------------------------------------------------------------
+# -- signals, and how a command is run ---------------------------------------------------------------------
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # end an agent without a command
 PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # go to the command, if there is one
 
 
-def heeded(numbers: Iterable[int]) -> list[int]:
-    """Return signals without those that our parent has set to be ignored, as nohup(1) does; TERM is kept."""
+def not_ignored(numbers: Iterable[int]) -> list[int]:
+    """Return signals without those that our parent has set to be ignored, as nohup(1) does, but with TERM."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -1889,7 +1881,8 @@ class Family:
 
     def terminate_others(self) -> None:
         """Send TERM to all processes but the first."""
-        for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
+        group = [-self.pid] if not self._known and self.has_group() else []  # there is no /proc
+        for pid in self._others() or group:
             signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
@@ -1902,13 +1895,13 @@ class Loop:
     """The event loop of the main thread: signals, ends of children, file descriptors, and a time.
 
     Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with the other file
-    descriptors: so no signal is missed between two polls. Until `give_back`, signals have no other effect.
+    descriptors: so no signal is missed between two polls. Until `restore_signals`, signals have no other effect.
     """
 
     def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
-        self.numbers = heeded(numbers)
+        self.numbers = not_ignored(numbers)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> callback for its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None  # as of the present turn
@@ -1953,7 +1946,7 @@ class Loop:
             if self._handlers.pop(fd, None):
                 self._poll.unregister(fd)
 
-    def give_back(self) -> None:
+    def restore_signals(self) -> None:
         """Restore the handlers of signals, as needed before exec.
 
         Raises SystemExit(128+N) if signal N, which is not SIGWINCH, was received after the last turn.
@@ -2102,7 +2095,7 @@ def is_variable(name: str) -> bool:
 #     delivered       a plain claim, when the client has the answer; until then the other claims stay in line
 #     end             a held claim, when its unit has ended
 #     end, exit       a supervisor's claim, when its unit and the command have ended; the command of a service runs on
-#     end_claims      any claim, also in line, when its time is up, or its client or its process is gone
+#     end_claims      any claim, also while it waits, when its time is up, or its client or its process is gone
 # Invariants: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
 # of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started, or has
 # failed and its claim lasts; a unit whose command runs on has a holder; a unit in `stopping` has one, a supervisor's.
@@ -2190,7 +2183,7 @@ class Unit:
         return self.holder or next(iter(self.line), None)
 
     def is_taken(self) -> bool:
-        """Return whether a further start is refused. While an answer is being delivered it may stand in line."""
+        """Return whether a further start is refused; it may wait in line while an answer is being delivered."""
         if self.status in ENDED:
             return self.holder is not None
         return self.status == STARTED and (self.holder is None or self.holder.delivered)
@@ -2211,8 +2204,8 @@ class Unit:
     def lacks(self) -> Iterator[tuple[Unit, str | Lock]]:
         """Iterate over what keeps the unit from starting, as pairs.
 
-        First a dependency and its requirement that is not met; then the unit itself and START, while the answer to an
-        earlier start is being delivered; then, if no dependency is unmet, a unit and the lock that it has.
+        (dependency, requirement that it does not meet); (the unit itself, START) while the answer to an earlier start
+        is being delivered; (unit that has or gets the lock first, lock) if no dependency is unmet.
         """
         if self.unmet:
             yield from ((d, requirement) for d, requirement in self.wants.items() if d.status not in MEETS[requirement])
@@ -2340,10 +2333,7 @@ class Units:
     # -- what callers may do ------------------------------------------------------------------------------
 
     def want(self, name: str, dependencies: Iterable[str], requires: str = SUCCESS) -> Unit:
-        """Register `name` and make it depend on all of `dependencies`; if one is refused, on none of them.
-
-        Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
-        """
+        """Register `name` and make it depend on all of `dependencies`, or on none and raise CycleError or Refused."""
         (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), ())])
         self._settle_all(unit)
         return unit
@@ -2415,14 +2405,13 @@ class Units:
     def end(self, name: str, outcome: Outcome, by: Owner | None = None, claim: Claim | None = None) -> str:
         """End a unit, with the claim that holds it, unless that is a supervisor's whose command may still run.
 
-        `by` and `claim` are the reporter and its claim on the unit, if it has one. Returns the status of the unit.
-        Raises NotRegistered; Refused if the unit has ended otherwise, is being stopped, leaves too many variables, or
-        if the start of `by` was refused.
+        `by` and `claim` are the reporter and its claim, if any. Returns the status of the unit. Raises NotRegistered;
+        Refused if the unit has another outcome, is being stopped or leaves too much, or if `by` may not report.
         """
         unit, status = self._registered(name), outcome.status
         before, reason, stopping = unit.status, unit.facts.reason, unit in self.stopping
         holder = claim if claim and claim.held and claim is unit.holder else None
-        supervisor = None if holder else unit.supervisor()
+        other = None if holder else unit.holder  # the claim of somebody else
         self._check_environment(unit, outcome.env)
         if not holder:
             self._check_report(unit, status, by)
@@ -2431,16 +2420,16 @@ class Units:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            if supervisor and not supervisor.boot:  # a boot is notified of every status
-                self.answer(supervisor, Notice("unit", {"unit": name, "status": status}))
+            if other and other.supervisor and not other.boot:  # a boot is notified of every status
+                self.answer(other, Notice("unit", {"unit": name, "status": status}))
         if holder and not outcome.running:
             self.exit(holder, outcome.reason, outcome.exit_code or int(status == FAILED))
         elif holder and not stopping:
             self.run_on(holder)
-        elif unit.holder and not unit.holder.supervisor:
+        elif other and not other.supervisor:
             self._end_holder(unit)
         self._settle_all()
-        if before in ENDED and before == unit.status != status and not (holder and stopping):
+        if before in ENDED and unit.status == before != status and not (holder and stopping):
             why = f" ({reason})" if reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
@@ -2449,8 +2438,7 @@ class Units:
     def exit(self, claim: Claim, reason: str, code: int, stopped: bool = False) -> None:
         """End the claim of a supervisor, since no process of the command is left.
 
-        If it ran on, its unit fails: with `stopped`, because its supervisor was told to end it, or else, with another
-        `code` than 0, because it died.
+        If it ran on, the unit fails: stopped, if the supervisor was told to end it, or died, if `code` is not 0.
         """
         unit, ran_on = claim.unit, claim.unit.facts.running_on
         stopped = unit in self.stopping or (stopped and ran_on)
@@ -2482,8 +2470,8 @@ class Units:
         self._check_waits(0 if ticket is None else 1)  # without a ticket it is the agent's own, at its end
         named = dict.fromkeys(self._selected(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
-        alone = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
-        cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
+        others = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
+        cannot = [row for unit, row in others.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
         self._join(stop)
@@ -2598,7 +2586,7 @@ class Units:
         return sorted((row for row in self.graph().nodes if row.unit_name in shown), key=lambda row: row.unit_name)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return the variables that the dependencies of a unit leave it; later ones win. Raises NotRegistered."""
+        """Return the variables left by all dependencies of a unit; the last in the graph wins. Raises NotRegistered."""
         unit = self._registered(name)
         merged: dict[str, str] = {}
         for other in in_order(unit.wants, lambda unit: unit.wants) if self.has_environment else ():
@@ -2789,7 +2777,7 @@ class Units:
 
         Raises CycleError or Refused, which is remembered for `why`.
         """
-        known = len(self.units)
+        count = len(self.units)
         try:
             units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
             edges = {unit: self._edges(unit, wants, replace) for unit, (_, wants, _) in zip(units, members)}
@@ -2800,11 +2788,11 @@ class Units:
             suspects = [unit for unit in changed if replace or unit.wanted_by or unit in edges[unit]]
             in_order(suspects, lambda unit: edges.get(unit, unit.wants))
         except SyncError as error:
-            for name in [*self.units][known:]:
-                del self.units[name]
-            about = error.data[0] if isinstance(error, CycleError) else members[0][0]
-            if about:
-                self.refusals[about] = one_line(str(error))
+            for new in [*self.units][count:]:
+                del self.units[new]
+            name = error.data[0] if isinstance(error, CycleError) else members[0][0]
+            if name:
+                self.refusals[name] = one_line(str(error))
                 if len(self.refusals) > 1000:
                     del self.refusals[next(iter(self.refusals))]
             raise
@@ -2909,10 +2897,8 @@ class Units:
 
     def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
         """Return in words what a unit lacks, five items at most; `mark` names that are not registered."""
-        from itertools import islice
-
         words = []
-        for other, need in islice(unit.lacks(), 5):
+        for _, (other, need) in zip(range(5), unit.lacks()):
             if isinstance(need, Lock):
                 words.append(f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}")
             else:
@@ -3106,10 +3092,7 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines with a time, written to standard error or a file by a thread, so that no caller waits.
-
-    Lines that cannot be written are counted, and the next line gives their number.
-    """
+    """The agent's log. A thread writes it, so that no caller waits; lost lines are counted in the next one."""
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         """Open the file, if there is one. Raises OSError, or RuntimeError if no thread can be started."""
@@ -3271,10 +3254,7 @@ class Connection:
             self.wake_up.wake()
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
-        """Return the peer, if it is to hold a unit, else the script that called it, or None if that is unknown.
-
-        `parent` is the pid of the script as the peer says, for systems without /proc.
-        """
+        """Return the peer, if it is to hold a unit, else the script that called it; without /proc that is `parent`."""
         pid = who_is_at(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
@@ -3794,10 +3774,7 @@ QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # methods that
 
 
 def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) -> Any:
-    """Return a socketserver on a listening socket, with a thread for each connection, and at most `most` of them.
-
-    The requests of socketserver are Connections here. `look` is called now and then, and after each new connection.
-    """
+    """Return a socketserver whose requests are Connections, at most `most`. It calls `look` every few seconds."""
     import _thread
     import socketserver
 
@@ -3851,8 +3828,8 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
                 trace = error.__traceback__
                 while trace.tb_next:
                     trace = trace.tb_next
-                said = f"internal error at line {trace.tb_lineno}: {one_line(repr(error))}; please report it"
-                agent.log.say(said, 0)
+                where = f"internal error at line {trace.tb_lineno}"
+                agent.log.say(f"{where}: {one_line(repr(error))}; please report it", 0)
 
     server = Server("", Handler, bind_and_activate=False)
     server.socket.close()
@@ -3934,7 +3911,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
                 pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
-            if holder not in (0, found.st_mtime_ns):  # another agent has taken its place, and has as much time to end
+            if holder not in (0, found.st_mtime_ns):  # another agent holds it now, and has as much time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
                 remove(lock, found)
@@ -4114,10 +4091,7 @@ def serve(host: Host, background: bool = False) -> None:
 
 
 def serve_command(host: Host, command: list[str]) -> int:
-    """Run an agent and a command, then stop what its units have left running; return the exit status of the command.
-
-    Raises Refused, CommandError.
-    """
+    """Run an agent as long as a command runs; return the command's exit status. Raises Refused, CommandError."""
     with host:
         loop = Loop(PASSED_ON)
         host.accept()
@@ -5197,7 +5171,7 @@ class Link:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._since = time.monotonic()
                 if "method" in message:
-                    self._notified(str(message["method"]), self._channel.news(message.get("params")))
+                    self._notified(str(message["method"]), self._channel.as_answer(message.get("params")))
                 elif message.get("id") in self.pending:
                     self.pending.pop(message["id"])(message)
         except Unreachable as error:
@@ -5208,7 +5182,7 @@ class Link:
         self.receive()
         if self._channel and now >= self._due():
             if self.pending:
-                self.lost = self.lost or self._channel._silence(self._patience())
+                self.lost = self.lost or self._channel.silence(self._patience())
             else:
                 self.request("ping")
         if self.lost:
@@ -5232,19 +5206,19 @@ LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked
 CHECK_EVERY = 5.0  # seconds between two checks for processes that a successful command has left
 CHECK_OFTEN = 0.05  # seconds between two checks for processes that are being ended
 ERROR_EVERY = 1.0  # seconds between two reports of a probe's error to the agent
-LAST_WAIT = 2.0  # seconds after KILL in which a process must have ended
+LAST_WAIT = 2.0  # seconds after KILL until a process counts as one that cannot be killed
 
 WAITING = "waiting"  # for its first try, or the next one
 CHECKING = "checking"  # whether the probe succeeds already, before the command is run
 RUNNING = "running"
-READY = "ready"  # the unit has completed; the command, or something that it has left, runs on
+SETTLED = "settled"  # the unit has its outcome; the command, or a process that it has left, runs on
 ENDING = "ending"  # its processes are being ended
 GONE = "gone"  # none of its processes is left, and there will be no further try
 FOLLOW = {  # state -> states that may follow it
     WAITING: (WAITING, CHECKING, RUNNING, GONE),
     CHECKING: (WAITING, RUNNING, GONE),
-    RUNNING: (READY, ENDING),
-    READY: (ENDING, GONE),
+    RUNNING: (SETTLED, ENDING),
+    SETTLED: (ENDING, GONE),
     ENDING: (WAITING, GONE),
     GONE: (),
 }
@@ -5285,7 +5259,7 @@ class Task:
         self.why = ""  # why the latest try failed, or was ended
         self.kill_at = 0.0  # when to send KILL, in state ENDING
         self.stopped = ""  # why there will be no further try
-        self.reported = ""  # outcome of the unit: COMPLETED or FAILED
+        self.reported = ""  # the outcome of the unit, COMPLETED or FAILED, that we or others have reported
         self.runs_on = False  # whether the unit has its outcome, and the agent waits for `exited`
 
     def use_directory(self, path: str) -> None:
@@ -5328,7 +5302,7 @@ class Task:
 
     def lives(self) -> bool:
         """Return whether a process of the command may run."""
-        return self.state in (RUNNING, READY, ENDING)
+        return self.state in (RUNNING, SETTLED, ENDING)
 
     def keep_time(self, now: float) -> None:
         """Call the actions that are due."""
@@ -5339,7 +5313,7 @@ class Task:
 
     def next_due(self) -> float:
         """Return when the next action is due."""
-        return min(self.due.values()) if self.due else NEVER
+        return min(self.due.values(), default=NEVER)
 
     def begin(self) -> None:
         """Begin a try: check that the probe does not succeed yet, then run the command."""
@@ -5417,13 +5391,8 @@ class Task:
 
     def probed(self) -> None:
         """Report that the unit has completed, if its probe has succeeded."""
-        if self.prober and self.prober.ready() and self.waits_for_probe():
-            self.close_prober(ended=False)
+        if self.prober and self.prober.ready() and self.state == RUNNING:
             self.complete()
-
-    def waits_for_probe(self) -> bool:
-        """Return whether the unit is to complete when its probe succeeds."""
-        return self.state == RUNNING and self.limits.ready != "" and not self.reported
 
     def close_prober(self, ended: bool = True) -> None:
         """Stop probing; a notify socket is read until the command has `ended`."""
@@ -5458,8 +5427,8 @@ class Task:
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
-            self.due.update(dict.fromkeys(self.due, 0.0))
-        elif self.waits_for_probe():
+            self.due = dict.fromkeys(self.due, 0.0)
+        elif self.state == RUNNING and self.limits.ready:
             to_background = code == 0 and self.limits.ready != "notify"
             hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
             self.end(f"ended before it was ready ({exit_text(code)}){hint}")
@@ -5468,9 +5437,9 @@ class Task:
         elif self.state == RUNNING:
             self.complete()
             self.due.pop(self.time_is_up, None)
-        if self.state == READY and not self.own_session and not self.limits.ready:
+        if self.state == SETTLED and not self.own_session and not self.limits.ready:
             self.due[self.gone] = 0.0  # `run` without a probe does not wait for what its command has left
-        elif self.state == READY:
+        elif self.state == SETTLED:
             self.due[self.check_left] = 0.0 if self.runs_on else time.monotonic() + CHECK_EVERY
 
     def end(self, why: str, by: float = NEVER) -> None:
@@ -5586,11 +5555,11 @@ class Task:
             self.why = ""
             self.gone()
         elif self.state == RUNNING:
-            end_by = self.due.get(self.time_is_up, NEVER)
-            if outcome == COMPLETED:
-                self.enter(READY, {self.time_is_up: end_by})
-            else:
-                self.due[self.time_is_up] = min(time.monotonic() + self.grace, end_by)
+            end_by = self.due[self.time_is_up]
+            if outcome == FAILED:
+                end_by = min(end_by, time.monotonic() + self.grace)
+            self.enter(SETTLED, {self.time_is_up: end_by})
+            self.close_prober(ended=False)
 
     def report(self, method: str, **params: Any) -> None:
         """Send a report to the agent."""
@@ -5612,7 +5581,6 @@ class Task:
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
     report = Reporter(args, f"{args.unit}: ", 2)
-    start = make_start(args, report, hold=True, supervisor=True)
     if args.ready is not None:
         Probe(args.ready)
     if args.ready_timeout is not None and args.ready is None:
@@ -5620,7 +5588,7 @@ def cmd_run(args: Args) -> int:
     if args.retry_delay is not None and not args.retry:
         raise UsageError("run: --retry-delay without --retry")
     try:
-        start.__enter__()
+        start = start_unit(args, report, hold=True, supervisor=True)
     except Unreachable as error:
         if not args.optional:
             raise
@@ -5685,7 +5653,7 @@ class Run(Task):
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
-        else:  # what is left of it is being ended
+        else:  # only processes that it has left: end them at once
             self.end("", by=0.0)
 
     def notified(self, method: str, params: Answer) -> None:
@@ -5779,7 +5747,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     finally:  # commands of probes do not outlive us
         for prober in probers:
             prober.close()
-        loop.give_back()
+        loop.restore_signals()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5994,17 +5962,16 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
             guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
             hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
-    for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
-        hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
-        if hint:
-            warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
-        if unit in by_name and edge.dependency in by_name:
-            wants = by_name[unit].want
-            if all(other.dependency != edge.dependency for other in wants):  # else the script has its own requirement
-                wants.append(edge)
+        missing = next((name for name in (unit, edge.dependency) if name not in by_name), "")
+        if missing:
+            hint = meant(resembling(missing, list(by_name)))
+            if hint:
+                warn(f'{edge.place}: no file provides "{missing}"{hint}')
+        elif edge.dependency not in [own.dependency for own in by_name[unit].want]:
+            by_name[unit].want.append(edge)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
         mistakes.append(f"{' '.join(paths)}: no executable files")
@@ -6323,7 +6290,7 @@ class Job(Task):
         self.stream = Stream(script.unit, boot.loop, boot.out)
         self.command_text = "/".join(script.path.split("/")[-2:])
         self.log = os.fsencode(self.stream.log_path).decode(errors="replace")
-        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
+        self.outcome, self.reason = "", ""  # of the unit
         self.died = False  # the command has failed after the unit had completed
 
     def running(self) -> bool:
@@ -6339,9 +6306,6 @@ class Job(Task):
         streams = [(os.POSIX_SPAWN_DUP2, write, fd) for fd in (1, 2)]  # 0 is /dev/null already
         try:
             return spawn(self.command, env, own_session=True, file_actions=streams)
-        except OSError:
-            self.stream.close()
-            raise
         finally:
             os.close(write)
 
@@ -6540,7 +6504,7 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        due = min(now + 60, self.report_at, self.retire_at, self.link.keep_time(now))
+        due = min(self.report_at, self.retire_at, self.link.keep_time(now))
         return min([due, *(job.next_due() for job in self.active.values())])
 
     def patience(self) -> float:
@@ -6656,7 +6620,7 @@ class Boot:
         living = [unit for unit, job in self.active.items() if early and job.lives()]
         wanted = reached((name for unit in living for name in self.wants[unit]), self.wants.get)
         for job in self.active.values():
-            if job.state in (RUNNING, READY) and job.unit not in wanted:
+            if job.state in (RUNNING, SETTLED) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
 
     # -- reports ------------------------------------------------------------------------------------------
@@ -6767,7 +6731,6 @@ class Front:
         self.received = b""  # from the background process
         self.ended: list[int] = []  # its exit status
         self.signal = 0
-        os.set_blocking(link, False)
         loop.children[pid] = self.background_ended
         loop.watch(link, self.receive)
 
@@ -6780,10 +6743,7 @@ class Front:
 
     def receive(self) -> None:
         """Receive an exit status; the second one ends COMMAND."""
-        try:
-            data = os.read(self.link, 100)
-        except OSError:
-            data = b""
+        data = os.read(self.link, 100)
         self.received += data
         if not data:
             self.loop.forget(self.link)
@@ -6820,7 +6780,7 @@ class Front:
         code = self.ended[0] if self.ended else self.received[-1]
         if self.command and not self.ended:
             return self.run_command(code)
-        self.loop.give_back()
+        self.loop.restore_signals()
         if self.command and code == 0:
             become(self.command)
         return shell_status(code)
@@ -6878,20 +6838,20 @@ def own_channel(host: Host) -> Channel:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
-# bytecode, behind the lines of sh that make it executable. Like these, its __main__ calls `launch`. The bytecode is two
-# .pyc files, of the code above the cut and below it; the first is imported as the module, and loads the second. Where
-# another .pyc has the hash of its source, these have their length and half of their own hash.
+# Install. A copy of this file that is not compiled at each call is a zip application (PEP 441) of the source and its
+# bytecode, behind the lines of sh that make it executable; its __main__ calls `launch`, as these lines do. The bytecode
+# is two .pyc files, of the code above the cut and below it: the first is imported as the module and loads the second.
+# In place of the hash of the source, they have their length and half of their own hash.
 # ----------------------------------------------------------------------------------------------------------
 
-PLACE = 2048  # bytes for each: `python3 PATH` looks for __main__ where it was before the file was replaced
+PLACE = 2048  # bytes for the lines of sh, and for __main__: where a running `python3 PATH` looks for it, in any version
 COMPILE = f"""\
 import __future__
 import sys
 from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-text = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # it costs an import
+text = sys.stdin.buffer.read().replace({FUTURE!r}, b"", 1)  # it costs an import
 code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compiler_flag))
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)
@@ -6901,7 +6861,7 @@ COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)
 
 
 def slowness() -> str:
-    """Return what `serve` says in its log if each call compiles the source: a plain file, or another Python's copy."""
+    """Return advice for the log of `serve` if each call compiles the source: a plain file, or another Python's copy."""
     if slowness.__code__.co_filename == INSTALLED:
         return ""
     python = ".".join(map(str, sys.version_info[:2]))
@@ -6909,7 +6869,7 @@ def slowness() -> str:
 
 
 def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
-    """Return what an interpreter prints, in the same environment each time. Raises Refused if it fails."""
+    """Return the output of an interpreter, run without the user's settings for Python. Raises Refused if it fails."""
     import subprocess
 
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -6925,7 +6885,7 @@ def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
 
 
 def application(python: str) -> bytes:
-    """Return the copy to install, with the bytecode of an interpreter. Raises Refused, OSError."""
+    """Return the bytes of a copy with the bytecode of an interpreter. Raises Refused, OSError."""
     import shlex
     import zipfile
 
@@ -6953,18 +6913,18 @@ def application(python: str) -> bytes:
 
 
 def is_ours(data: bytes) -> bool:
-    """Return whether a file is a version of this program, plain or installed, undamaged or not."""
-    plain, copy = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS '), data.startswith(b"#!/bin/sh\n# coder_sync ")
-    return (plain and b"coder_sync.py serve" in data) or (copy and b", installed: a zip archive" in data[:100])
+    """Return whether a file is a version of this program, plain or installed, even if it is damaged."""
+    is_plain = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS ') and b"coder_sync.py serve" in data
+    return is_plain or (data.startswith(b"#!/bin/sh\n# coder_sync ") and b", installed: a zip archive" in data[:100])
 
 
 def install(path: str, python: str) -> str:
-    """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
+    """Write a copy to a temporary file, run it, and rename it to `path`; return the real path. Raises Refused."""
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that nothing is left beside it
+    for number in not_ignored((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, which removes the file
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if os.path.exists(path):
@@ -6991,27 +6951,27 @@ def install(path: str, python: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. What `quick` does not read is parsed by argparse here; then the other commands.
+# Command line. argparse reads all command lines that `quick` does not; then the other commands.
 # ----------------------------------------------------------------------------------------------------------
 
 
 def usage_of(command: Command) -> str:
     """Return the usage line of a command."""
     forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    names = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
+    names = [forms[a.words.get("nargs")].format(a.words["metavar"]) for a in command.positionals]
     tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[command.tail]
     return " ".join([PROGRAM, command.name, *names, "[OPTION]..."]) + tail
 
 
 def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.ArgumentParser:
-    """Return argparse's parser for arguments of a command. It raises UsageError."""
+    """Return a parser for some arguments of a command, which raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
+    form: Any = argparse.RawDescriptionHelpFormatter  # which does not wrap the example
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
     parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
@@ -7022,7 +6982,7 @@ def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.Argum
 
 
 def command_first(argv: Sequence[str]) -> list[str]:
-    """Return a command line with its command in front of all options. Raises UsageError if there is none."""
+    """Return a command line with the command moved in front of the options. Raises UsageError if there is none."""
     words: list[str] = [*argv]
     options: list[str] = []
     commands = {"-h": "help", "--help": "help", "--version": "version"}
@@ -7042,7 +7002,7 @@ def command_first(argv: Sequence[str]) -> list[str]:
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, Args]:
-    """Parse a command line. Ends the process for --help. Raises UsageError."""
+    """Parse a command line with argparse; print the help page and exit for --help. Raises UsageError."""
     name, *words = command_first(argv)
     command, args = command_named(name), Args()
     words, args.command = split_tail(command, words)
@@ -7053,8 +7013,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
         if args.help:
             put(help_page(command))
             raise SystemExit(0)
-        for option in (name.partition("=")[0] for name in names if name[:1] == "-"):
-            raise UsageError(f"no such option: {ascii(option)[:40]}{meant(resembling(option, command.options))}")
+        unknown = next((name.partition("=")[0] for name in names if name[:1] == "-"), "")
+        if unknown:
+            raise UsageError(f"no such option: {ascii(unknown)[:40]}{meant(resembling(unknown, command.options))}")
         command.take(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
@@ -7067,7 +7028,7 @@ Command.parse = parse
 
 
 def help_page(command: Command) -> str:
-    """Return the help on a command."""
+    """Return the help page of a command."""
     return parser_of(command, command.arguments).format_help()
 
 
@@ -7094,7 +7055,7 @@ def group_id(name: str) -> int:
 
     try:
         number = int(name[:20]) if name.isdecimal() else grp.getgrnam(name).gr_gid
-        if number < (1 << 32) - 1:  # the last number stands for none
+        if number < (1 << 32) - 1:  # for chown(2), the last number means no change
             return number
     except KeyError:
         pass
@@ -7102,12 +7063,12 @@ def group_id(name: str) -> int:
 
 
 def output_option(*forms: str) -> Argument:
-    """Return the option that chooses one of several forms, the first by default."""
+    """Return the option --output; the first form is the default."""
     return Argument("-o", "--output", choices=forms, default=forms[0], help="form")
 
 
-def units_or(default: str) -> Argument:
-    """Return the positional for any number of units; `default` says what is meant if none is named."""
+def units_argument(default: str) -> Argument:
+    """Return the positional for any number of units; `default` says which units are meant without it."""
     return Argument("units", nargs="*", metavar="UNIT", help=f"names of units (default: {default})")
 
 
@@ -7115,7 +7076,7 @@ COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, se
 
 
 def timeline_writer(path: str) -> Callable[[Graph], None]:
-    """What writes the timeline to a file, in the form that its ending names. Raises UsageError, at once."""
+    """Return a function that writes the timeline to a file, in the form of its extension. Raises UsageError."""
     form = os.path.splitext(path)[1].lstrip(".")
     if form not in ("svg", "json", "txt"):
         raise UsageError(f"{printable(path)}: the name must end in .svg, .json or .txt")
@@ -7140,7 +7101,7 @@ TIMELINE = Argument("--timeline", type=timeline_writer, default=None, metavar="F
     QUIET,
     flag("-v", "--verbose", help="log every request"),
     flag("-d", "--detach", help="go to the background once connections are accepted"),
-    flag("--replace", help="end the agent that serves there, and take its place"),
+    flag("--replace", help=f"end the agent that serves there (its services have {GRACE:g} s), and take its place"),
     Argument("--log-file", metavar="FILE", help="write the log there (default: to standard error)"),
     Argument("--pid-file", metavar="FILE", help="write the process id there"),
     TIMELINE,
@@ -7152,44 +7113,48 @@ def cmd_serve(args: Args) -> int:
     """Run the agent: until a signal, or for the life of COMMAND on a private socket."""
     enabled = os.environ.get("CODER_AGENT_SOCKET_SERVER_ENABLED", "").lower()
     if enabled in ("false", "0", "no"):
-        put("not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is " + enabled + "\n", 2)
+        put(f"not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled}\n", 2)
         return supervise(Loop(), args.command, environment()) if args.command else 0
     if enabled not in ("", "true", "1", "yes"):
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    is_private = args.command and not args.socket_path  # the command's output is what matters
+    if not args.command:
+        serve(make_host(args, agent_path(args.socket_path)), args.detach)
+        return 0
+    directory = "" if args.socket_path else private_directory()
+    if not (args.socket_path or directory):
+        raise CommandError("cannot make a private socket: no directory is writable; name a --socket-path", 125)
+    try:
+        return serve_command(make_host(args, args.socket_path or directory + "/agent.sock"), args.command)
+    except Refused as error:
+        raise CommandError(str(error), 125) from None
+    finally:
+        remove_directory(directory)
+
+
+def make_host(args: Args, path: str) -> Host:
+    """Return the agent that the options of `serve` describe, which is to listen at a path."""
+    is_private = args.command and not args.socket_path
     level = 2 * args.verbose or int(not args.quiet and not is_private)
     if args.detach and not args.log_file:
         level = -1
-    options: dict[str, Any] = {
-        "mode": args.mode or (0o600 if args.group is None else 0o660),
-        "group": -1 if args.group is None else args.group,
-        "level": level,
-        "log_file": args.log_file and os.path.abspath(args.log_file),
-        "pid_file": args.pid_file and os.path.abspath(args.pid_file),
-        "timeline": args.timeline,
-        "replace": make_room if args.replace else None,
-        "advice": slowness(),
-    }
-    if not args.command:
-        serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
-        return 0
-    from contextlib import ExitStack
-    from tempfile import TemporaryDirectory
-
-    try:
-        with ExitStack() as at_end:
-            path = args.socket_path or at_end.enter_context(TemporaryDirectory(prefix="coder-sync-")) + "/agent.sock"
-            return serve_command(Host(os.path.abspath(path), **options), args.command)
-    except OSError as error:
-        raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
-    except Refused as error:
-        raise CommandError(str(error), 125) from None
+    return Host(
+        os.path.abspath(path),
+        mode=args.mode or (0o600 if args.group is None else 0o660),
+        group=-1 if args.group is None else args.group,
+        level=level,
+        log_file=args.log_file and os.path.abspath(args.log_file),
+        pid_file=args.pid_file and os.path.abspath(args.pid_file),
+        replace=make_room if args.replace else None,
+        timeline=args.timeline,
+        alone=not args.command,
+        advice=slowness(),
+    )
 
 
 def make_room(path: str) -> bool:
-    """Tell the agent at a path to end, if there is one; return False if it does not answer for 3 seconds."""
+    """Tell the agent at a path, if there is one, to end; return False if it has not answered after 3 seconds."""
     answered, began = False, time.monotonic()
     try:
         with Channel(path) as channel:
@@ -7218,7 +7183,7 @@ def cmd_ping(args: Args) -> None:
     flag("--check", help="only check the headers, and show the order"),
     flag("--resume", help="do not run again what the agent has as completed"),
     flag("--fail-fast", help="stop everything at the first failure"),
-    Argument("--grace", type=duration, default="8s", metavar="DURATION", help="time to end when told to"),
+    Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end when told to"),
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
     TIMELINE,
     flag("--always", help="become COMMAND even if a unit failed"),
@@ -7228,12 +7193,12 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
-    path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
+    path = os.path.abspath(agent_path(args.socket_path))  # scripts may change their working directory
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
-        forgotten = not args.command and not all(map(os.path.exists, args.paths[1:]))
-        hint = "\ndid you forget -- before the command?" if forgotten else ""
+        may_be_command = not args.command and not all(map(os.path.exists, args.paths[1:]))
+        hint = "\ndid you forget -- before the command?" if may_be_command else ""
         raise UsageError(f"nothing was run:\n{error}{hint}") from None
     if args.check:
         put(plan_text(scripts))
@@ -7242,22 +7207,22 @@ def cmd_boot(args: Args) -> int:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
     if not scripts:
         become(args.command)
-    given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
-    given["command"] = args.command[0] if args.command else ""
+    values = {**vars(args), "command": [*args.command, ""][0]}
+    options = BootOptions(**{name: values[name] for name in BootOptions._fields})
     loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # until the background process has its own Loop
     directory, child = private_directory(), 0
     try:
         child, link = in_background()
         if child:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             return Front(loop, child, link, directory, args.command, args.grace).run(args.stay)
-        boot = Boot(scripts, BootOptions(**given), link, directory)
+        boot = Boot(scripts, options, link, directory)
         code = boot_at(path, boot)
     finally:
         if not child:
             remove_directory(directory)
-    boot.loop.give_back()
+    boot.loop.restore_signals()
     return code
 
 
@@ -7272,17 +7237,18 @@ def cmd_install(args: Args) -> None:
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    if python:
+        return
     try:
-        tag = "import sys; print(sys.implementation.cache_tag)"
-        other = not python and ask_python("python3", "-IS", "-c", tag).decode().strip() != sys.implementation.cache_tag
-    except Refused:  # there is none
-        other = True
-    if other:
+        tag = ask_python("python3", "-IS", "-c", "import sys; print(sys.implementation.cache_tag)").decode().strip()
+    except Refused:
+        tag = ""
+    if tag != sys.implementation.cache_tag:
         which = "which is another Python, or not there"
         put(f"warning: calls start `python3`, {which}; if it is to be this one: --python {sys.executable}\n", 2)
 
 
-@Command("reset pip-install", units_or("all"), QUIET)
+@Command("reset pip-install", units_argument("all"), QUIET)
 def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = make_client(args).reset(*args.units)
@@ -7291,7 +7257,7 @@ def cmd_reset(args: Args) -> None:
 
 @Command(
     "stop db --grace 30s",
-    units_or("all"),
+    units_argument("all"),
     Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end before KILL"),
     QUIET,
 )
@@ -7308,7 +7274,7 @@ def cmd_stop(args: Args) -> None:
 
 @Command("shutdown", QUIET)
 def cmd_shutdown(args: Args) -> None:
-    """End the agent, and return when it has ended."""
+    """End the agent, and return when it has ended; services have 8 s to end."""
     client = make_client(args)
     client.shutdown()
     say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
@@ -7316,7 +7282,7 @@ def cmd_shutdown(args: Args) -> None:
 
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
-    """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
+    """Print the variables that the dependencies of UNIT have left for it, for `eval`."""
     lines = []
     for name, value in make_client(args).env(args.unit).items():
         if not is_variable(name):
@@ -7345,7 +7311,7 @@ def cmd_list(args: Args) -> None:
     put(json_text(plain_units(units, LIST_KEYS)) if args.output == "json" else list_text(units, args.column))
 
 
-@Command("why pip-install", units_or("all that is stuck"))
+@Command("why pip-install", units_argument("all that is stuck"))
 def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
@@ -7363,6 +7329,7 @@ def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
     if args.output != "text" and (args.blame or args.compare):
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
+    graph = make_client(args).graph()
     if args.compare:
         try:
             with open(open_file(args.compare), "rb") as f:
@@ -7370,8 +7337,6 @@ def cmd_timeline(args: Args) -> None:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
-    graph = make_client(args).graph()
-    if args.compare:
         put(compare_text(before, Startup(graph)))
     elif args.blame:
         put(blame_text(graph, terminal()[0]))
@@ -7381,7 +7346,7 @@ def cmd_timeline(args: Args) -> None:
         put(timeline_as(args.output, graph))
 
 
-@Command("graph pip-install --output mermaid", units_or("all"), output_option("tree", "dot", "mermaid", "json"))
+@Command("graph pip-install --output mermaid", units_argument("all"), output_option("tree", "dot", "mermaid", "json"))
 def cmd_graph(args: Args) -> None:
     """Show what depends on what, for all units or for some."""
     graph = part_of(make_client(args).graph(), args.units)
@@ -7442,22 +7407,22 @@ def help_exit_codes() -> str:
     return (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n"
 
 
-def help_json() -> str:
-    """Return the help on what is printed as JSON."""
+def key_comments(kind: type[Record]) -> dict[str, str]:
+    """Return the keys of a record in JSON, each with its comment in the source."""
     import re
 
     with open(FILE, "rb") as file:
         source = source_in(file.read()).decode()
+    fields = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
+    comments = re.findall(r"^    (\w+): .*?(?:  # (.*))?$", fields, re.M)
+    return {key: text for key, text in comments if key not in NOT_SENT}
 
-    def keys(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
-        body = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
-        found = dict(re.findall(r"^    (\w+): .*?(?:  # (.*))?$", body, re.M))
-        return {name: text for name, text in found.items() if name not in NOT_SENT}
 
-    rows = [
-        [key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), text]
-        for key, text in keys(UnitStatus).items()
-    ]
+def help_json() -> str:
+    """Return the help on what is printed as JSON."""
+    rows = []
+    for key, comment in key_comments(UnitStatus).items():
+        rows.append([key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), comment])
     text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
@@ -7468,8 +7433,9 @@ Times, as "started", are seconds since the agent began, in a timeline since the 
 not been is null. Newer versions may add keys.
 """
     events = "what `events` prints, one object a line"
-    for what, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
-        text += f"\nKeys of {what}:\n" + "".join(f"  {key.ljust(17)} {about}\n" for key, about in keys(kind).items())
+    for title, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
+        lines = [f"  {key.ljust(17)} {comment}\n" for key, comment in key_comments(kind).items()]
+        text += f"\nKeys of {title}:\n" + "".join(lines)
     return text
 
 
@@ -7566,24 +7532,19 @@ def cmd_completion(args: Args) -> None:
     """Print a script with which a shell completes our command lines."""
     import shlex
 
-    if args.command:
-        line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
-        if args.shell == "bash" and point.isdecimal() and len(point) < 10:
-            typed = os.fsencode(line)[: int(point)].decode(errors="surrogateescape")
-            found = bash_candidates(typed, [*args.command, ""][1])
-        else:
-            found = candidates(args.command)
-        put("".join(word + "\n" for word in found))
+    if not args.command:
+        path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
+        put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
-    put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
+    found = candidates(args.command)
+    if args.shell == "bash":
+        line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
+        found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
+    put("".join(word + "\n" for word in found))
 
 
 def bash_candidates(line: str, word: str) -> list[str]:
-    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`.
-
-    Nothing inside of quotes.
-    """
+    """Return what may replace `word`, the end of `line` behind a `:` or `=`, quoted for bash; nothing inside quotes."""
     import re
     import shlex
 
@@ -7592,35 +7553,32 @@ def bash_candidates(line: str, word: str) -> list[str]:
     except ValueError:  # a quote is open
         return []
     words += [""] if line[-1:].isspace() else []
-    done = len(words[-1]) - len(word.replace("\\", ""))
-    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[done:]) for found in candidates(words[1:])]
+    size = len(words[-1]) - len(word.replace("\\", ""))  # of the part that bash leaves as it is
+    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[size:]) for found in candidates(words[1:])]
 
 
 def candidates(words: Sequence[str]) -> list[str]:
-    """Return what the last word of a command line may become; nothing where it is a file, or not ours to know."""
+    """Return what the last word of a command line may become: options, choices, commands, units."""
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    option, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
-    before += [option] * bool(equals)
-    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": the last word is it
     try:
         command = commands.get(command_first([*before, ""])[0])
     except UsageError:
         return []
     if command is None or "--" in before:
         return []
-    asked = command.positionals
-    if before and before[-1] in command.options and command.options[before[-1]].takes_value:
-        asked = [command.options[before[-1]]]
-    found = [*command.options] if last[:1] == "-" else []
-    found += [choice for argument in asked for choice in argument.words.get("choices", ())]
-    metavars = {argument.words.get("metavar") for argument in asked}
+    option = command.options.get(before[-1]) if before else None
+    arguments = [option] if option and option.takes_value else command.positionals
+    found = [*command.options] if words[-1][:1] == "-" else []
+    found += [choice for argument in arguments for choice in argument.words.get("choices", ())]
+    metavars = {argument.words.get("metavar") for argument in arguments}
     found += [*COMMANDS, *TOPICS] if "TOPIC" in metavars else []
     found += known_units(before) if metavars & {"UNIT", "DEP"} else []
-    return [option + equals + word for word in found if word.startswith(last)]
+    return [word for word in found if word.startswith(words[-1])]
 
 
 def known_units(words: Sequence[str]) -> list[str]:
-    """The names that the agent of a command line knows; none if there is no agent, or it does not answer at once."""
+    """Return the units of the agent that a command line addresses; none if it does not answer within a second."""
     try:
         path = Client(dict(zip(words, words[1:])).get("--socket-path", "")).socket_path
         with Channel(path) as channel:
@@ -7631,4 +7589,5 @@ def known_units(words: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    gc.enable()
     main()

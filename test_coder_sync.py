@@ -61,6 +61,7 @@ from coder_sync import (
     ParseError,
     Refused,
     TimedOut,
+    Units,
     UnitStatus,
     Unreachable,
     UsageError,
@@ -83,33 +84,28 @@ for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") els
     except OSError:
         pass
 """
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+COUNT = itertools.count()
+CATCH = """
+import os, signal
+numbers = [getattr(signal, "SIG" + name) for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2")]
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # handlers and pause() would race
+os.write(1, b"ready\\n")
+while True:
+    number = signal.sigwait(numbers)
+    os.write(1, b"got %d\\n" % number)
+    if number == signal.SIGTERM:
+        os._exit(9)
+"""
+SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM]
+for number in SIGNALS:  # in the background of a shell, or under nohup(1), what is tested would ignore some of them
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Helpers: a fake clock; an agent; the command line as processes; raw connections; waiting for an event.
+# Helpers: an agent; the command line as processes, or in this one; raw connections; waiting for an event.
 # ---------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Units(coder_sync.Units):
-    """The rules, with answers that are kept until somebody takes them."""
-
-    def __init__(self, *clocks: Any, **options: Any) -> None:
-        self.known: list[tuple[Any, Any]] = []
-        super().__init__(*clocks, answer=lambda *known: self.known.append(known), **options)
-
-    def take_answers(self) -> list[tuple[Any, Any]]:
-        known, self.known = self.known, []
-        return known
 
 
 def until(condition: Callable[[], Any], what: str = "") -> Any:
@@ -262,6 +258,14 @@ def agent(world: World) -> World:
     return world
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """An agent that many badly behaved clients share."""
+    with World(tmp_path_factory.mktemp("shared")) as world:
+        world.serve()
+        yield world
+
+
 class Peer:
     """A raw connection to an agent, for saying things a client would not say."""
 
@@ -290,6 +294,171 @@ class Peer:
     def close(self) -> None:
         self.file.close()
         self.sock.close()
+
+
+def shown_on(master: int, text: bytes, seen: bytes = b"") -> bytes:
+    """What was seen of a terminal before and what is shown now, up to the moment when a text is in it."""
+    while text not in seen:
+        assert select.select([master], [], [], PATIENCE)[0], f"{text!r} never came after {seen!r}"
+        seen += os.read(master, 4096)
+    return seen
+
+
+def line_of(pipe: Any) -> str:
+    """The next line from a process, without reading ahead, so a short one."""
+    data = b""
+    while not data.endswith(b"\n"):
+        assert select.select([pipe], [], [], PATIENCE)[0], f"nothing more after {data!r}"
+        byte = os.read(pipe.fileno(), 1)
+        if not byte:
+            break
+        data += byte
+        assert len(data) < 10_000, "this takes long; read it otherwise"
+    return data.decode()
+
+
+def stopped(agent: subprocess.Popen[str], number: int = signal.SIGTERM) -> subprocess.CompletedProcess[str]:
+    """Send a signal and wait for the end."""
+    agent.send_signal(number)
+    return finish(agent)
+
+
+def altered(changes: str, *argv: str) -> list[str]:
+    """A command line of coder_sync with some of the module's names set to other values."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync\n{changes}\ncoder_sync.main(sys.argv[1:])"
+    return [*PYTHON, code, *argv]
+
+
+def limited(limit: str, *argv: str) -> list[str]:
+    """A command line of coder_sync under an option of ulimit."""
+    return ["sh", "-c", f'ulimit {limit}; exec "$@"', "-", *program(), *argv]
+
+
+def answering(world: World, argv: list[str], **options: Any) -> subprocess.Popen[str]:
+    """Start an agent with this command line; return once it answers."""
+    agent = world.spawn(argv, **options)
+    world.client.ping(wait=PATIENCE)
+    return agent
+
+
+def stranger(*argv: str, uid: int = 65534, changes: str = "") -> list[str]:
+    """A command line of coder_sync as another user, if we can be one. What it may import it imports before."""
+    modules = (
+        "contextlib, difflib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
+    )
+    modules += ", tempfile, threading, logging.handlers"
+    become = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid({uid})\n"
+    return altered(become + changes, *argv)
+
+
+def served(world: World) -> None:
+    """Assert that another client is served as if nothing had happened."""
+    unit = f"bystander-{next(COUNT)}"
+    assert world.client.start(unit, timeout=PATIENCE).dependencies == []
+    world.client.complete(unit)
+    assert world.status(unit) == "completed"
+
+
+def kinds_of(world: World, unit: str) -> list[str]:
+    """What happened to a unit, in order."""
+    return [e.kind for e in world.client.events() if e.unit == unit]
+
+
+def happened(world: World, unit: str, kind: str) -> None:
+    """Return once this happened to a unit."""
+    until(lambda: kind in kinds_of(world, unit), f"{unit}: {kind}")
+
+
+def alive(pid: int) -> bool:
+    return bool(coder_sync.birth(pid))
+
+
+def process_state(pid: int) -> str:
+    """The letter of ps(1): S sleeps, T is stopped, Z is a zombie."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def at_rest(pid: int) -> None:
+    """Return once a process uses no processor, where that can be seen."""
+
+    def used() -> list[str]:
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.read_text().rpartition(")")[2].split()[11:13] if Path("/proc/self/stat").exists() else []
+
+    until(lambda: used() == (time.sleep(0.4), used())[1], "nothing to do")
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Stop a process, and return once it does nothing any more."""
+    process.send_signal(signal.SIGSTOP)
+    until(lambda: process_state(process.pid) == "T", "stopped")
+
+
+def serves(world: World, pid: int = 0) -> bool:
+    """Whether an agent answers, and is the one that is meant."""
+    with contextlib.suppress(coder_sync.Unreachable):
+        found = world.client.ping()["pid"]
+        return bool(found == (pid or found))
+    return False
+
+
+class Ended(BaseException):
+    """What posix._exit raises in `Call`."""
+
+
+class Call:
+    """A call of the command line inside this process: for what it says and how it ends, at no interpreter's start."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capfd, self.monkeypatch = capfd, monkeypatch
+        self.main: Callable[[], Any] = coder_sync.main
+
+    def __call__(self, world: World, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        def end(code: int) -> None:
+            raise Ended(code)
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(coder_sync.posix, "_exit", end)
+            patch.setattr(sys, "argv", [str(FILE), *words])
+            for name, value in {"CODER_AGENT_SOCKET_PATH": world.path, **env}.items():
+                patch.setenv(name, value)
+            self.capfd.readouterr()
+            with pytest.raises(Ended) as caught:
+                self.main()
+            out, err = self.capfd.readouterr()
+        return subprocess.CompletedProcess(words, caught.value.args[0], out, err)
+
+    def ok(self, world: World, *words: str, **env: str) -> str:
+        """A call that must succeed; return what it printed."""
+        done = self(world, *words, **env)
+        assert done.returncode == 0, done
+        return str(done.stdout)
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    return Call(capfd, monkeypatch)
+
+
+@contextlib.contextmanager
+def impostor(world: World, answer: bytes) -> Iterator[None]:
+    """Something else that listens at the socket's path, and gives everybody one answer."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                self.request.recv(65536)
+                self.request.sendall(answer)
+                self.request.shutdown(socket.SHUT_WR)
+                self.request.recv(65536)
+
+    with socketserver.UnixStreamServer(world.path, Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            os.unlink(world.path)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -327,11 +496,14 @@ class Rules:
     """Units driven by steps. An answer counts as delivered at once, unless its start was said to be `late`."""
 
     def __init__(self) -> None:
-        self.clock = Clock()
+        self.now = 1000.0
         self.heard: list[coder_sync.Event] = []
+        self.known: list[tuple[Any, Any]] = []  # claims and their answers, which nobody has taken yet
         self.dead: set[int] = set()
-        alive = lambda owner: owner.pid not in self.dead  # noqa: E731
-        self.units = Units(self.clock, lambda: 1.7e9 + self.clock.now, alive, self.heard.append)
+        self.units = Units(
+            *(lambda: self.now, lambda: 1.7e9 + self.now, lambda owner: owner.pid not in self.dead),
+            *(self.heard.append, lambda *known: self.known.append(known)),
+        )
         self.claims: dict[str, Any] = {}
         self.late: set[str] = set()
         self.gone: set[str] = set()  # tickets of who is not there any more
@@ -392,7 +564,7 @@ class Rules:
         self.gone.update(tickets)
 
     def sleep(self, seconds: float) -> None:
-        self.clock.now += seconds
+        self.now += seconds
         self.units.end_late(self.claims.values())
         self.units.keep_time()
 
@@ -425,7 +597,8 @@ class Rules:
         return f"{answer['unit']} {answer['status']}" if claim.boot else "ok"
 
     def answers(self) -> list[tuple[Any, Any]]:
-        return [(claim, answer) for claim, answer in self.units.take_answers() if claim.ticket not in self.gone]
+        known, self.known = self.known, []
+        return [(claim, answer) for claim, answer in known if claim.ticket not in self.gone]
 
 
 @pytest.fixture
@@ -528,7 +701,7 @@ nor does that of one that lost while it waited:
     => #1 ok, #2 AlreadyStarted, !Refused | a:completed b:completed
 who started it may ask twice and report:
     start a #1 by=10; start a #2 by=10; complete a by=10 => #1 ok, !AlreadyStarted | a:completed
-who was refused once may start it later:
+who was refused once may start it later, and report:
     start a #1 by=10; start a #2 by=20; complete a; start a #3 by=20; complete a by=20
     => #1 ok, !AlreadyStarted, #3 ok | a:completed
 # skipping
@@ -538,30 +711,24 @@ whoever waits for what is skipped is answered: want b a; start c #1 b; start c #
 who asks later is told the whole cause: want b a; want a; fail a; start c #1 b
     => #1 DependencyFailed | a:failed b:skipped c:skipped | says unit "c" skipped: dependency "b" was skipped:
     dependency "a" failed
-a wait ends with the first that fails:
-    wait #1 a b; want b; fail b => #1 DependencyFailed | b:failed | says dependency "b" failed
 # claims: each ends in one way
 a plain start that ends leaves its unit pending, a held one fails it:
     start b #1 a; start c #2 a held; lose #1 #2; want a; complete a => | a:completed b:pending c:failed
-time that is up ends a plain start: start b #1 a within=5; sleep 4; sleep 1; want a; complete a
-    => #1 TimedOut | a:completed b:pending | says timeout waiting for dependencies of unit b: a not registered
-time that is up fails the unit of a held start:
-    start b #1 a within=5 held; sleep 5 => #1 TimedOut | a:not-registered b:failed
+time that is up ends a start, and fails the unit if it is held:
+    start b #1 a within=5; start c #2 a within=5 held; sleep 4; sleep 1; want a; complete a
+    => #1 TimedOut, #2 TimedOut | a:completed b:pending c:failed
+    | says timeout waiting for dependencies of unit c: a not registered
 but not while another wants to run it:
     start b #1 a within=5 held; start b #2; sleep 5; want a; complete a => #1 TimedOut, #2 ok | a:completed b:started
 time that is up ends a wait:
     wait #1 a c within=5; sleep 5 => #1 TimedOut | | says timeout waiting for a, c: a not registered, c not registered
 time that is up ends the wait behind an answer on its way: start a #1 late; start a #2 within=1; sleep 1
     => #1 ok, #2 TimedOut | a:started | says timeout waiting for dependencies of unit a: a started
-after the start time counts no more: start a #1 within=5 held; sleep 50 => #1 ok | a:started
-without a time a start or a wait waits on: start b #1 a; wait #2 a; sleep 99999 => | a:not-registered b:pending
+time counts no more after the start, nor if none was given:
+    start a #1 within=5 held; start b #2 x; wait #3 x; sleep 99999 => #1 ok | a:started b:pending x:not-registered
 a start whose process ends is answered: start b #1 a held; quit #1
     => #1 Refused | a:not-registered b:failed | says unit "b" was not started: its process has ended
 # locks
-who waits for two locks goes first, unless it gives up or has to wait for something else:
-    start a #1 lock=k; want w; complete w; start b #2 lock=k,l within=5; start c #3 lock=l; start d #4 w lock=k,m;
-    start e #5 lock=m; sleep 5; start w #6
-    => #1 ok, #2 TimedOut, #3 ok, #6 ok, #5 ok | a:started b:pending c:started d:pending e:started w:started
 who gives up leaves a lock to the next:
     start a #1 lock=k; start b #2 lock=k within=5; start c #3 lock=k; sleep 5; complete a
     => #1 ok, #2 TimedOut, #3 ok | a:completed b:pending c:started | says timeout waiting for dependencies of unit b:
@@ -577,8 +744,6 @@ while one is claimed too: start b #1 x by=42; boot #b a b
     first
 but not if who started it has gone: start b #1 by=42; die 42; boot #b a b => #1 ok, #b a started, #b b started |
     a:started b:started
-a name that another of its units wants from now on stays the same: want a x; boot #b a b:x; want x; complete x
-    => #b a started, #b b started | a:started b:started x:completed
 with one name twice too: boot #b a a => !Refused | | says a boot names a unit twice
 no more than so many jobs run at once: boot #b a b c jobs=2; start d #1; complete b; boot #c e
     => #b a started, #b b started, #1 ok, #b b completed, #b c started, #c e started | a:started b:completed c:started
@@ -620,10 +785,9 @@ what a lost boot has left keeps another from running, until it is dead:
     still runs (pid 42), and its supervisor is gone: end that process first
 what has lost its connection may begin again: start a #1 held by=42; lose #1; boot #b a
     => #1 ok, #b a started | a:started
-what another supervisor runs too: start a #1 supervised by=42; complete a #1 running; boot #b a
-    => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42): stop it, or boot with --resume
-what runs on is not reset: start a #1 supervised by=42; complete a #1 running; reset a
-    => #1 ok, !Refused | a:completed | says unit "a" still runs (pid 42) and cannot be reset; stop it first
+what another supervisor runs too, and it is not reset: start a #1 supervised by=42; complete a #1 running; boot #b a;
+    reset a => #1 ok, !Refused, !Refused | a:completed | says unit "a" still runs (pid 42) and cannot be reset;
+    stop it first
 # stop
 what runs is told to end, and has failed, whatever its command says:
     start a #1 supervised; stop #s a within=8; complete a #1; start b #2 a
@@ -696,13 +860,9 @@ def test_requirement(rules: Rules, how: str, requires: str, status: str, verdict
 
 
 @pytest.mark.parametrize("length", [1, 2, 50])
-@pytest.mark.parametrize("order", ["first-edge-first", "last-edge-first", "shuffled"])
-def test_a_cycle_is_named_whole(units: Units, length: int, order: str) -> None:
+def test_a_cycle_is_named_whole_and_known_until_the_next_want(units: Units, length: int) -> None:
     names = [f"n{i}" for i in range(length)]
-    edges = list(zip(names, names[1:]))[:: -1 if order == "last-edge-first" else 1]
-    if order == "shuffled":
-        random.Random(length).shuffle(edges)
-    for unit, dependency in edges:
+    for unit, dependency in random.Random(1).sample(list(zip(names, names[1:])), length - 1):
         units.want(unit, [dependency, f"aside-of-{unit}"])
     before = statuses(units)
     with pytest.raises(CycleError) as caught:
@@ -710,8 +870,8 @@ def test_a_cycle_is_named_whole(units: Units, length: int, order: str) -> None:
     assert caught.value.data == [names[-1], *names]  # closed by the new edge, its first name repeated last
     assert str(caught.value).partition(";")[0] == "cycle detected: " + " -> ".join(caught.value.data)
     assert statuses(units) == before
-    graph = {node.unit_name: node.refusal for node in units.graph().nodes}
-    assert "cycle detected" in graph[names[-1]] == units.status(names[-1]).refusal
+    refusal = {node.unit_name: node.refusal for node in units.graph().nodes}[names[-1]]
+    assert "cycle detected" in refusal == units.status(names[-1]).refusal
     units.want(names[-1], [])
     assert units.status(names[-1]).refusal == ""
 
@@ -750,8 +910,8 @@ def test_the_order_of_declaration_is_kept_and_a_name_counts_once(units: Units) -
 
 
 GOOD_NAMES = [
-    *("x", 'coder_script.startup_unit["health-check"]', "<module>.git-clone", "Clone repository"),
-    *("clone-\u00fc-\u65e5\u672c\u8a9e-\U0001f680", "x" * 255, "\u00fc" * 127),
+    *("x", 'coder_script.startup_unit["health-check"]', "<module>.git-clone", "Clone repository", "a\\b", "--help"),
+    *(" ", "%s%n{0}", "[[[{{{" * 20, "clone-\u00fc-\u65e5\u672c\u8a9e-\U0001f680", "x" * 255, "\u00fc" * 127),
 ]
 BAD_NAMES = ["", "a\nb", "tab\t", "nul\0", "\x1b[31m", "\x7f", "\u202e", "a\u200bb", "\ud800", "\u2028"]
 BAD_NAMES += ["x" * 256, "\u00fc" * 128]
@@ -763,21 +923,21 @@ def test_a_printable_name_of_up_to_255_bytes_is_taken(units: Units) -> None:
     assert [units.status(name).status for name in GOOD_NAMES] == ["pending"] * len(GOOD_NAMES)
 
 
-@pytest.mark.parametrize("name", BAD_NAMES, ids=[*map(str, range(len(BAD_NAMES)))])
-def test_another_name_is_refused_in_one_printable_line(units: Units, name: str) -> None:
-    calls: list[Callable[[], Any]] = [
-        *(lambda: units.want(name, []), lambda: units.want("good", [name]), lambda: units.status(name)),
-        *(lambda: units.start((name, {}, []), "t"), lambda: units.start(("good", {}, [name]), "t")),
-        *(lambda: units.wait(["good", name], "w"), lambda: units.end(name, Outcome("completed"))),
-        *(lambda: units.reset([name]), lambda: units.boot([("good", {}, []), (name, {}, [])], "b", None, 0, False)),
+def test_another_name_is_refused_in_one_printable_line(rules: Rules, units: Units) -> None:
+    calls: list[Callable[[Any], Any]] = [
+        *(lambda name: units.want(name, []), lambda name: units.want("good", [name]), units.status),
+        *(lambda name: units.start((name, {}, []), "t"), lambda name: units.start(("good", {}, [name]), "t")),
+        *(lambda name: units.wait(["good", name], "w"), lambda name: units.end(name, Outcome("completed"))),
+        *(lambda name: units.reset([name]),),
+        lambda name: units.boot([("good", {}, []), (name, {}, [])], "b", None, 0, False),
     ]
-    for call in calls:
+    for call, name in itertools.product(calls, BAD_NAMES):
         with pytest.raises(Refused) as caught:
-            call()
+            call(name)
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 200
-    assert (statuses(units), units.take_answers()) == ({}, [])
-    assert all(node.unit_name == "good" and node.refusal.isprintable() for node in units.graph().nodes)
+    assert (statuses(units), rules.answers()) == ({}, [])
+    assert all(node.refusal.isprintable() for node in units.graph().nodes)
     with pytest.raises(InvalidParams, match="must be a string, not int"):
         units.want("a", [5])  # type: ignore[list-item]
 
@@ -803,12 +963,6 @@ def test_a_number_is_bounded(
     assert "limit" in str(rules.errors["!"]) or "too many" in str(rules.errors["!"])
 
 
-def test_a_lock_is_remembered_while_a_unit_has_it_or_waits_for_it(rules: Rules) -> None:
-    rules.play("start a #2 lock=old; complete a; boot #b u@k v@l w@k x:w@m; complete v")
-    assert rules.told == ["#2 ok", "#b u started", "#b v started", "#b v completed"]  # k is one lock
-    assert [*rules.units.locks] == ["k"]
-
-
 def test_a_hundred_scripts_whose_start_was_refused_are_remembered(rules: Rules) -> None:
     rules.play("start a #0 late;" + ";".join(f"start a #{pid} by={pid}" for pid in range(1, 121)) + "; delivered #0")
     assert [owner.pid for owner in rules.units.units["a"].refused] == [*range(21, 121)]
@@ -825,10 +979,9 @@ def test_the_oldest_events_are_forgotten(units: Units, monkeypatch: pytest.Monke
     assert [e.seq for e in units.status("u4").history] == [9]
 
 
-@pytest.mark.parametrize("reason", ["exit code 1", "x" * 500, "lost: " + "y: " * 98, ""], ids=lambda r: f"{len(r)}")
-@pytest.mark.parametrize("name", ["u{}", "{}" + "n" * 245], ids=["short-name", "long-name"])
-def test_a_long_chain_of_skips_is_bounded_and_still_knows_what_failed(units: Units, reason: str, name: str) -> None:
-    names = chain(units, 500, name=name)
+@pytest.mark.parametrize("reason", ["exit code 1", "x" * 500, ""], ids=lambda r: f"{len(r)}")
+def test_a_long_chain_of_skips_is_bounded_and_still_knows_what_failed(units: Units, reason: str) -> None:
+    names = chain(units, 100, name="{}" + "n" * 245)
     units.end(names[0], Outcome("failed", reason))
     reasons = [units.status(n).reason for n in names]
     assert max(map(len, reasons)) <= 2 * coder_sync.MAX_REASON + 100
@@ -863,18 +1016,14 @@ so is who comes first:
     start a #1 lock=k; start b #2 lock=k,l; start c #3 lock=l by=43; sleep 1; lacks c; show c waits_for blocked_by
     => lock l/free/taken/False/lock/1/b is before it in line/-/lock k, which a has;
     c: waits_for lock l, which b is to have first, blocked_by l by b
-also of who is first now: start a #1 b lock=k; start a #2 lock=l; lose #1; want b; complete b; show a locks
-    => a: locks l
 the places of a boot are no locks by name:
     boot #b a b@k c:b@l jobs=1; show b locks blocked_by waits_for; show c locks blocked_by waits_for; sleep 1;
     complete a; show b waiting ready started released_by
     => b: locks k, blocked_by -, waits_for one of 1 places to run, which a has; c: locks l, blocked_by -, waits_for b;
     b: waiting 0, ready 0, started 1, released_by a
 a dependency that need not succeed is met by a failure:
-    start b #1 a!completion good!completion; want good; complete good; want a; fail a oops; sleep 2.5;
-    show b status dependencies
+    start b #1 a!completion; want a; fail a oops; sleep 2.5; show b status dependencies
     => b: status started, dependencies a/ended/failed/True/completion/2.5/oops/-/-
-    and good/ended/completed/True/completion/2.5/-/-/-
 times say when a unit did what, and who let it go last:
     sleep 1; start b #1 z a; sleep 1; want a; complete a; sleep 1; want z; complete z; sleep 1; complete b;
     sleep 1; start c #2 x; sleep 0.1234567; show b registered waiting ready started ended status released_by wants age;
@@ -894,8 +1043,7 @@ a re-run begins anew:
     => a: status started, registered 2, waiting 2, started 3, ended -, reason -, exit_code -, age 0, released_by b;
     a: status pending, registered 3, waiting -, started -, ended -, owner -, released_by -
 a boot lasts from its claim on, also with units that are known for long:
-    want b a; sleep 100; boot #b a b:a; show a registered; show b registered waiting
-    => a: registered 100; b: registered 100, waiting 100
+    want a; sleep 100; boot #b a; show a registered waiting => a: registered 100, waiting 100
 of a start whose answer found nobody no time is left:
     start c #1 late; sleep 1; lose #1; show c reason; start c #2 d; show c ready waiting
     => c: reason the client that asked for its start was gone; c: ready -, waiting 1
@@ -1000,15 +1148,14 @@ def test_the_environment_comes_from_all_that_a_unit_depends_on(rules: Rules) -> 
     assert units.environment("b") == {"ONE": "a", "TWO": "a"}
     with pytest.raises(NotRegistered):
         units.environment("ghost")
-    claims = [units.start(("g", {"b": "success"}, []), "#g"), units.wait(["a"], "#w")]
-    claims += units.boot([("f", {"b": "success"}, [])], "#f", None, 0, False)
+    units.start(("g", {"b": "success"}, []), "#g")
+    units.boot([("f", {"b": "success"}, [])], "#f", None, 0, False)
     units.end("f", Outcome("failed", "oops"))
     env = {"ONE": "a", "TWO": "b"}
-    assert units.take_answers() == [
-        (claims[0], {"dependencies": ["b"], "env": env}),
-        (claims[1], {}),
-        (claims[2], {"unit": "f", "status": "started", "reason": "", "env": env}),
-        (claims[2], {"unit": "f", "status": "failed", "reason": "oops", "env": {}}),
+    assert [answer for _, answer in rules.answers()] == [
+        {"dependencies": ["b"], "env": env},
+        {"unit": "f", "status": "started", "reason": "", "env": env},
+        {"unit": "f", "status": "failed", "reason": "oops", "env": {}},
     ]
     assert units.environment("d") == {**env, "X": "x"}
     rules.play("reset b; start b #1")
@@ -1548,7 +1695,7 @@ MESSAGES: list[dict[str, Any]] = [
     {"id": "a", "result": [None, True, False, 0, -1, 2**31, 1.5, 1e-9, "", [], {}]},
     {"method": 'Clone "repository" \\ / \u00fc \u65e5\u672c \U0001f680 \x00 \x1f \u2028 \n'},
     {"params": {"units": ["x" * 255] * 200}},
-    *({"unit": text} for text in ("[" * 1000, "{" * 1000, '"[{' * 300, '\\"[' * 300, "\\" * 301 + "[" * 99, "[\\")),
+    *({"unit": text} for text in ("[" * 1000, "{" * 1000, '\\"[' * 300, "\\" * 301 + "[" * 99)),
 ]
 LINES = [coder_sync.encode(message) for message in MESSAGES]
 
@@ -1575,11 +1722,9 @@ def test_what_is_encoded_is_decoded_and_both_codecs_write_the_same(codec: str) -
 
 
 GARBAGE = [
-    *(b"", b" \n", b"nope", b"GET / HTTP/1.1\r\n", b"\x00", b"\x80\x04K\x01.", b"\xff", b"'a'"),
-    *(b"{", b'{"a":1,}', b'{"a" 1}', b"{1:1}", b"]", b"}" * 100),
-    *(b'"\x01"', b'"abc', b'"abc\\', b'"\\x"', b'"\xc3"', b'"\xed\xa0\x80"', b'"' * 33),
-    *(b'{"a":1} x', b'{"a":1}{"b":2}', b"1 2"),
-    *(b"01", b"NaN", b'{"a": NaN}', b"Infinity", b"[-Infinity]"),
+    *(b"", b" \n", b"nope", b"GET / HTTP/1.1\r\n", b"\x00", b"\xff", b"{", b'{"a":1,}', b"{1:1}", b"}" * 100),
+    *(b'"\x01"', b'"abc', b'"abc\\', b'"\\x"', b'"\xed\xa0\x80"', b'{"a":1}{"b":2}', b"1 2", b"01", b'{"a": NaN}'),
+    *(b"[-Infinity]", b'{"id":' + b"9" * 5000),
 ]
 
 
@@ -1595,16 +1740,15 @@ def test_garbage_is_refused_where_nobody_has_imported_json() -> None:
 print("json" in sys.modules)  # the scanner of 3.8 imports it for an error
 for line in {GARBAGE!r}:
     try: print("accepted", line, coder_sync.decode(line))
-    except coder_sync.ParseError: pass
-print(coder_sync.decode(b"[1]"))"""
-    assert subprocess.check_output([*PYTHON, program]) == b"False\n[1]\n"
+    except coder_sync.ParseError: pass"""
+    assert subprocess.check_output([*PYTHON, program]) == b"False\n"
 
 
 def test_32_levels_are_read_and_33_are_not(codec: str) -> None:
     assert coder_sync.decode(b"[" * 32 + b"]" * 32)
     assert coder_sync.decode(b'{"a":' * 32 + b"1" + b"}" * 32)
     assert coder_sync.decode(b"[" + b"[]," * 1000 + b"{}]") == [[]] * 1000 + [{}]  # side by side they do not nest
-    for line in (b"[" * 33 + b"]" * 33, b'{"a":' * 33 + b"1" + b"}" * 33, b"[" * 100_000, b'[{"a":' * 30_000):
+    for line in (b"[" * 33 + b"]" * 33, b'{"a":' * 33 + b"1" + b"}" * 33, b'[{"a":' * 30_000):
         with pytest.raises(ParseError, match="deeper than 32 levels"):
             coder_sync.decode(line)
 
@@ -1673,25 +1817,16 @@ def test_what_is_wrong_in_an_answer_is_said_in_one_line_and_the_rest_can_be_show
     assert said == {"are agent and client of one version?"}
 
 
-def test_what_has_not_been_is_none_and_null(agent: World) -> None:
-    agent.client.want("a", "b")
-    a = agent.client.status("a")
-    assert (a.waiting, a.ready, a.started, a.ended, a.exited) == (None,) * 5
-    assert [row.registered for row in agent.client.list(everything=True)] == [a.registered, None]
-    assert json.loads(agent.ok("status", "a", "-o", "json"))["started"] is None
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Times and words on the command line and in what it prints.
 # ---------------------------------------------------------------------------------------------------------
 
-DURATIONS = """0=0 30=30 2.5=2.5 30s=30 10m=600 1h30m=5400 1h1m1s1ms=3661.001 500ms=0.5 1.5h=5400 .5s=0.5 5.s=5
-    250us=0.00025 250\u00b5s=0.00025 250\u03bcs=0.00025 100ns=1e-7 1m1m=120 0s=0 999999999=999999999"""  # both mus
-NO_DURATIONS = ["", " ", "s", "m5", ".", ".s", "-5", "-5s", "+5", "5 s", " 5s", "5s ", "5s\n", "1m30", "30m5", "1.2.3s"]
-NO_DURATIONS += ["1e3", "5x", "5sm", "5S", "1d", "inf", "nan", "infinity", "1_000", "0x10", "\u0665s", "\u00b2", "\0"]
-NO_DURATIONS += ["1000000000", "9" * 400]
-SPANS = """0=0ms 0.0004=0ms 0.35=350ms 0.9994=999ms 0.9996=1.0s 2.14=2.1s 9.94=9.9s 9.96=10s 31.2=31s 59.4=59s
-    59.6=1m00s 252=4m12s 3599.4=59m59s 3599.6=1h00m 3725=1h02m 90000=25h00m"""
+DURATIONS = """0=0 30=30 2.5=2.5 30s=30 1h30m=5400 1h1m1s1ms=3661.001 1.5h=5400 .5s=0.5 5.s=5 250us=0.00025
+    250\u00b5s=0.00025 250\u03bcs=0.00025 100ns=1e-7 1m1m=120 999999999=999999999"""  # both mus
+NO_DURATIONS = ["", " ", "s", "m5", ".", ".s", "-5", "+5", "5 s", " 5s", "5s\n", "1m30", "1.2.3s", "1e3", "5sm", "5S"]
+NO_DURATIONS += ["1d", "inf", "nan", "1_000", "0x10", "\u0665s", "\u00b2", "\0", "1000000000", "9" * 400]
+SPANS = """0=0ms 0.0004=0ms 0.9994=999ms 0.9996=1.0s 9.94=9.9s 9.96=10s 59.4=59s 59.6=1m00s 3599.4=59m59s
+    3599.6=1h00m 3725=1h02m 90000=25h00m"""
 
 
 def test_durations_of_go_and_bare_seconds_are_read_and_a_span_reads_well() -> None:
@@ -1709,23 +1844,16 @@ def test_what_is_no_duration_is_refused_in_one_printable_line() -> None:
 
 
 STATES: list[tuple[str, dict[str, Any], str]] = [
-    ("not registered", {}, "a not registered"),
     ("not registered", {"did_you_mean": "aa"}, 'a not registered, did you mean "aa"?'),
     ("pending", {"age": 12}, "a pending for 12s, not started yet"),
     ("pending", {"waits_for": ["x", "y"]}, "a pending for 0ms, waits for x, y"),
     ("started", {"age": 31}, "a started 31s ago"),
-    ("started", {"age": 31, "owner": OWNER}, "a started 31s ago by bash setup.sh (pid 4242)"),
     ("started", {"owner": Owner(7, "")}, "a started 0ms ago by process (pid 7)"),
     ("started", {"owner": GONE}, "a started 0ms ago by sh (pid 7), which is no longer running"),
     ("completed", {"age": 2, "owner": OWNER}, "a completed 2.0s ago"),
     ("taken", {"requirement": "lock", "owner": OWNER, "reason": "b has it"}, "a taken 0ms ago (b has it)"),
-    (
-        "taken",
-        {"requirement": "lock", "owner": GONE, "reason": "b has it"},
-        "a taken 0ms ago (b has it), whose process is no longer running",
-    ),
+    ("taken", {"requirement": "lock", "owner": GONE}, "a taken 0ms ago, whose process is no longer running"),
     ("failed", {"age": 2, "reason": "exit code 7"}, "a failed 2.0s ago (exit code 7)"),
-    ("skipped", {"reason": 'dependency "b" failed'}, 'a skipped 0ms ago (dependency "b" failed)'),
 ]
 
 
@@ -1742,21 +1870,13 @@ def test_a_wait_may_be_longer_than_the_system_counts(monkeypatch: pytest.MonkeyP
         assert (channel.receive(9e8), channel.receive(0.01)) == ({"jsonrpc": "2.0"}, None)
 
 
-def test_an_error_about_the_whole_connection_is_the_answer_to_a_request() -> None:
-    ours, theirs = socket.socketpair()
-    theirs.sendall(coder_sync.encode(coder_sync.error_message(None, Unreachable("no room"))))
-    with coder_sync.Channel("x", sock=ours) as channel, theirs, pytest.raises(Unreachable, match="no room"):
-        channel.call("ping")
-
-
 def test_what_does_not_block_takes_all_that_is_put(world: World) -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync; coder_sync.put('x' * 200_000)"
-    world.spawn([sys.executable, "-S", "-c", code], stdout=write)
+    world.spawn(altered("coder_sync.put('x' * 200_000)", "--version"), stdout=write)
     os.close(write)
     with open(read, "rb") as pipe:
-        assert len(pipe.read()) == 200_000
+        assert pipe.read().startswith(b"x" * 200_000)
 
 
 def test_what_has_become_of_a_service_stands_among_the_reasons() -> None:
@@ -1772,24 +1892,20 @@ def test_who_cannot_be_stopped_is_to_be_ended_or_if_gone_its_unit() -> None:
 
 
 def test_a_timeout_as_text_says_what_was_missing_and_what_may_have_been_meant() -> None:
-    rows = [
-        Dependency(*words, False) for words in (("b", "completed", "pending"), ("c", "completed", "not registered"))
-    ]
-    rows[1].did_you_mean = "cc"
+    missing = Dependency("c", "completed", "not registered", False, did_you_mean="cc")
     text = 'timeout waiting for a: b pending, c not registered (did you mean "cc"?)'
-    assert str(TimedOut("timeout waiting for a", rows)) == text
+    assert str(TimedOut("timeout waiting for a", [Dependency("b", "completed", "pending", False), missing])) == text
 
 
 def test_a_name_close_to_a_known_one_resembles_it() -> None:
     guesses = {"git-clon": "git-clone", "gitclone": "git-clone", "GIT": "", "db-2": "", "db_1": "db-1", "": ""}
     for name, guess in guesses.items():  # db-1 and db-2 are siblings, and no slips of the finger
         assert coder_sync.resembling(name, ["db-1", "git-clone", "pip", "db-22"]) == guess
-    assert coder_sync.resembling("git-clone", []) == ""
 
 
 NO_VALUES = {
-    "complete a --exit-code=": ["", "-", "1.5", "0x1", "x", "--1", "1-", "\u00b2", "1234567890", "9" * 5000],
-    "serve --mode=": ["", "66", "8", "888", "0o660", "rw-", "66666", "\u00b2\u00b2\u00b2"],
+    "complete a --exit-code=": ["", "-", "1.5", "0x1", "--1", "\u00b2", "1234567890", "9" * 5000],
+    "serve --mode=": ["", "66", "8", "0o660", "66666", "\u00b2\u00b2\u00b2"],
     "serve --group=": ["no-such-group-here", "\u00b2", "-1", str((1 << 32) - 1), "9" * 5000, "\udcff"],
 }
 
@@ -1873,13 +1989,11 @@ def test_the_help_of_a_command_has_all_that_it_takes_and_an_example_that_is_righ
         assert page.startswith(f"usage: {coder_sync.usage_of(about)}\n")
         assert about.help in page
         for argument in about.arguments:
-            assert argument.words["help"].replace("%%", "%") in text
             shown = (*argument.names, *argument.words.get("choices", ())) if argument.is_option else ()
-            assert all(word in text for word in shown)
+            assert all(word in text for word in (argument.words["help"].replace("%%", "%"), *shown))
             default = argument.words.get("default")
             assert not default or f"(default: {default})" in text
-        example = page[page.index("\nexample: coder_sync.py ") :].split("py ", 1)[1]
-        command, *words = shlex.split(re.split("[|>]", example)[0])
+        command, *words = shlex.split(re.split("[|>]", page.partition("\nexample: coder_sync.py ")[2])[0])
         assert command == name
         assert coder_sync.parse([name, *(word.replace("$?", "1") for word in words)])
     for line in ("start a -qh --nope", "help start", "exp sync start --help"):
@@ -1890,55 +2004,45 @@ def test_the_help_of_a_command_has_all_that_it_takes_and_an_example_that_is_righ
         assert "`coder_sync.py --version`" in out
 
 
-def first_words(page: str, title: str) -> set[str]:
+def first_words(table: str) -> set[str]:
     """The first word of each row of a table on a help page, without what follows it."""
-    table = page[page.index(title) :].partition("\n\n")[0]
-    return {re.split(r"[: ]", line)[0] for line in table.splitlines()[1:]}
+    return {re.split(r"[: ]", line)[0] for line in table.partition("\n\n")[0].splitlines()[1:]}
 
 
 def readme_words(title: str) -> set[str]:
     """The first words of the first column of a table of the README."""
-    table = (HERE / "README.md").read_text(encoding="utf-8").partition(f"\n| {title} |")[2].partition("\n\n")[0]
-    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
-    return {word.split()[0] for cell in cells for word in re.sub("[`]", "", cell).split(",")}
+    cells = [line.split("|")[1] for line in README.partition(f"\n| {title} |")[2].partition("\n\n")[0].splitlines()[2:]]
+    return {word.split()[0] for cell in cells for word in cell.replace("`", "").split(",")}
 
 
 def test_a_topic_of_the_help_and_the_readme_say_the_same(call: Call, world: World) -> None:
-    headers, probes = call.ok(world, "help", "headers"), call.ok(world, "help", "probes")
-    assert first_words(headers, "HEADER ") == {*coder_sync.HEADERS} == readme_words("header")
-    codes = {line.split()[0] for line in call.ok(world, "help", "exit-codes").splitlines()}
+    pages = {topic: call.ok(world, "help", topic) for topic in coder_sync.TOPICS}
+    assert first_words(pages["headers"].partition("HEADER ")[2]) == {*coder_sync.HEADERS} == readme_words("header")
+    codes = {line.split()[0] for line in pages["exit-codes"].splitlines()}
     assert codes == readme_words("exit code") >= {str(kind.exit_code) for kind in coder_sync.ERRORS.values()}
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    said = readme[readme.index("\nPROBE is `tcp:") :].partition("\n\n")[0]
-    kinds = first_words(probes, "PROBE ") - {"COMMAND"}
-    assert kinds == {"tcp", "unix", "http", "file", "notify"} == {*re.findall("`(tcp|unix|http|file|notify)\\b", said)}
-    for topic in coder_sync.TOPICS:
-        assert f"`{topic}`" in readme
-        assert max(map(len, call.ok(world, "help", topic).splitlines())) <= 120
+    said = README.partition("\nPROBE is `tcp:")[2].partition("\n\n")[0]
+    kinds = first_words(pages["probes"].partition("PROBE ")[2]) - {"COMMAND"}
+    assert kinds == {"tcp", *re.findall("`(unix|http|file|notify)\\b", said)}
+    assert all(re.search(rf"^  {name}\b", pages["protocol"], re.M) for name in coder_sync.METHODS)
+    assert all(f"  {code}  " in pages["protocol"] for code in coder_sync.ERRORS)
+    for topic, page in pages.items():
+        assert f"`{topic}`" in README and max(map(len, page.splitlines())) <= 120
     assert "help headers" in call.ok(world, "boot", "--help")
 
 
 def test_the_help_has_every_key_of_what_is_printed_as_json(call: Call, agent: World) -> None:
     agent.client.want("a", "b")
     agent.client.start("b")
-    page = call.ok(agent, "help", "json")
-    rows = [line.split(maxsplit=2) for line in page[page.index("KEY ") :].partition("\n\n")[0].splitlines()[1:]]
+    rows, *parts = re.split(r"\nKeys of .*:\n", call.ok(agent, "help", "json").partition("\nKEY ")[2])
     status = json.loads(call.ok(agent, "status", "a", "-o", "json"))
     listed = json.loads(call.ok(agent, "list", "-o", "json"))
     units = json.loads(call.ok(agent, "timeline", "-o", "json"))["units"]
     for mark, keys in (("s", status), ("l", listed[0]), ("t", units[0])):
-        assert [key for key, where, _ in rows if mark in where] == sorted(keys, key=[*status].index)
+        lines = [line.split() for line in rows.partition("\n\n")[0].splitlines()[1:]]
+        assert [line[0] for line in lines if mark in line[1]] == sorted(keys, key=[*status].index)
     event = json.loads(call.ok(agent, "events").splitlines()[0])
-    parts = re.split(r"\nKeys of .*:\n", page)[2:]
     for part, example in zip(parts, (status["dependencies"][0], listed[1]["owner"], event)):
         assert [line.split()[0] for line in part.splitlines() if line] == [*example]
-        assert all(len(line.split()) > 1 for line in part.splitlines() if line)
-
-
-def test_the_help_has_every_method_and_error_code_of_the_protocol(call: Call, world: World) -> None:
-    page = call.ok(world, "help", "protocol")
-    assert all(re.search(rf"^  {name}\b", page, re.M) for name in coder_sync.METHODS)
-    assert all(f"  {code}  " in page for code in coder_sync.ERRORS)
 
 
 UNITS_THERE = ["a:b", "a:c", "apt", "it's $(exit)", "my unit", "pip", "x:only"]
@@ -1954,12 +2058,9 @@ COMPLETIONS = {
     "start a --want p": ["pip"],
     "start a --w": ["--want"],
     "list -o ": ["table", "json"],
-    "list --output=j": ["--output=json"],
-    "want a b --requires ": ["success", "completion", "start"],
     "completion ": ["bash", "zsh"],
     "run pip --quiet -- a": [],
     "serve --log-file ": [],
-    "boot ": [],
     "ls ": [],
 }
 
@@ -1969,21 +2070,11 @@ def test_a_word_is_completed_to_what_may_stand_there(call: Call, agent: World) -
     for line, words in COMPLETIONS.items():
         found = call.ok(agent, "completion", "zsh", "--", *line.replace("PATH", agent.path).split(" "))
         assert found.splitlines() == words, line
-    assert coder_sync.bash_candidates("coder_sync.py completion ", "") == ["bash", "zsh"]
     assert coder_sync.bash_candidates("coder_sync.py completion 'ba", "'ba") == []  # a quote is open
     stop(agent.processes[0])
     began = time.monotonic()
     assert call.ok(agent, "completion", "zsh", "--", "start", "") == ""
-    assert 0.9 < time.monotonic() - began < 5  # seconds; it does not hold completion up for longer
-
-
-ZSH = """
-source <($TOOL completion zsh)  # before compinit it does nothing
-autoload -U compinit && compinit -u -D && source <($TOOL completion zsh)
-compadd() { print -l -- ${(P)2} }
-_files() { print -l -- ${words[CURRENT]}*(N) }
-words=("$@") CURRENT=$# && $_comps[coder_sync.py]
-"""
+    assert time.monotonic() - began < 5  # seconds; it does not hold completion up for longer
 
 
 @pytest.fixture
@@ -1994,6 +2085,15 @@ def tool_there(agent: World) -> str:
     path = str(agent.directory / "bin" / "coder_sync.py")
     os.rename(agent.directory / "bin" / "coder", path)
     return path
+
+
+ZSH = """
+source <($TOOL completion zsh)  # before compinit it does nothing
+autoload -U compinit && compinit -u -D && source <($TOOL completion zsh)
+compadd() { print -l -- ${(P)2} }
+_files() { print -l -- ${words[CURRENT]}*(N) }
+words=("$@") CURRENT=$# && $_comps[coder_sync.py]
+"""
 
 
 @pytest.mark.skipif(not shutil.which("zsh"), reason="there is no zsh")
@@ -2014,11 +2114,8 @@ TYPED = {  # before the Tab, and after
     "star": "start ",
     "start x:": "start x:only ",
     "start a:b": "start a:b ",
-    "start my": "start my\\ unit ",
     "start my\\ u": "start my\\ unit ",
     "start it": "start it\\'s\\ \\$\\(exit\\) ",
-    "list --output=j": "list --output=json ",
-    "exp sync want pip ap": "exp sync want pip apt ",
     "boot /dev/nul": "boot /dev/null ",
 }
 
@@ -2094,69 +2191,39 @@ def talk(path: str, seed: int) -> list[list[Any]]:
     return log
 
 
-class Replay:
-    """What the agent says happened, checked step by step against the rules of the Model."""
-
-    def __init__(self, events: list[coder_sync.Event]) -> None:
-        self.model = Model()
-        self.waiting = dict.fromkeys([*CROWD, "never"], 0)  # unit -> how many of its starts wait
-        for number, event in enumerate(events):
-            assert event.seq == number + 1
-            try:
-                self.step(event)
-            except AssertionError as error:
-                before = "\n".join(map(str, events[max(0, number - 30) : number + 1]))
-                raise AssertionError(f"{error}\n{before}") from error
-
-    def step(self, event: coder_sync.Event) -> None:
-        model, unit, status = self.model, event.unit, self.model.status(event.unit)
-        needs = model.needs(unit)
-        unmet = model.unmet(needs)
-        own = [unit] if status == "started" else []  # the answer to its start is on its way
-        missing = ", ".join([*unmet, *own][:5])
-        if event.kind in ("completed", "failed", "gave up"):  # all that follows from earlier requests has happened
-            for name, stands in model.statuses.items():
-                assert not (stands == "pending" and model.hopeless(model.needs(name))), f"{name} should be skipped"
-                assert not self.waiting[name] or model.unmet(model.needs(name)), f"{name} should have started"
-        if event.kind == "wants":
-            dependency, _, rest = event.detail.partition(" (")
-            assert status != "not registered"
+def replayed(events: list[coder_sync.Event]) -> Model:
+    """What the agent says happened, step by step, each of which the rules must allow."""
+    model = Model()
+    for number, event in enumerate(events, 1):
+        assert event.seq == number
+        unit, kind, status = event.unit, event.kind, model.status(event.unit)
+        if kind == "wants":
+            dependency, _, requires = event.detail.partition(" (")
             assert not model.reaches(dependency, unit)
-            assert (unit, dependency) not in model.edges
-            model.edges[unit, dependency] = rest.rstrip(")") or "success"
-        elif event.kind == "waiting":
-            assert status in ("pending", "started")
-            assert event.detail == missing != ""
-            self.waiting[unit] += status == "pending"
-        elif event.kind == "gave up":
-            assert missing == event.detail.partition("still missing: ")[2].replace(" (not registered)", "")
-            self.waiting[unit] -= bool(self.waiting[unit])
-        else:
-            assert status in MAY_FOLLOW[event.kind]
-            assert not (event.kind == "started" and unmet)
-            assert event.kind != "skipped" or model.hopeless(needs)
-            model.statuses[unit] = event.kind.replace("registered", "pending")
-            self.waiting[unit] = 0
+            model.edges[unit, dependency] = requires.rstrip(")") or "success"
+        elif kind in MAY_FOLLOW:
+            assert status in MAY_FOLLOW[kind], event
+            assert kind != "started" or not model.unmet(model.needs(unit)), event
+            assert kind != "skipped" or model.hopeless(model.needs(unit)), event
+            model.statuses[unit] = kind.replace("registered", "pending")
+    return model
 
 
 def test_many_clients_at_once_see_one_order_of_events(world: World) -> None:
     answering(world, altered(RESTLESS, "serve", "--quiet"), stderr=subprocess.DEVNULL)
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         log = [row for rows in pool.map(talk, [world.path] * 6, range(6)) for row in rows]
-    peer = world.connect()
-    peer.request("start", unit="never", dependencies=["ever"])
-    world.waiting("never")
-    peer.close()
-
-    def everybody_left() -> Replay | None:
-        replay = Replay(list(world.client.events()))
-        return None if any(replay.waiting.values()) else replay
-
-    replay = until(everybody_left, "the waits of those who hung up forgotten")
     codes = {row[-1] for row in log}
     assert {"ok", "unknown", -32001, -32002, -32006} <= codes <= {"ok", "unknown", -32006, *range(-32004, -31999)}
-    assert {s.unit_name: s.status for s in world.client.list()} == replay.model.statuses
-    events = list(world.client.events())
+
+    def settled() -> list[coder_sync.Event]:
+        events, units = list(world.client.events()), world.client.list()
+        agree = {unit.unit_name: unit.status for unit in units} == replayed(events).statuses
+        return events if agree and not any(unit.is_waiting for unit in units) else []
+
+    events = until(settled, "those who hung up forgotten, and every unit where the events say")
+    model = replayed(events)
+    assert not [name for name, s in model.statuses.items() if s == "pending" and model.hopeless(model.needs(name))]
     assert sum(event.kind == "started" for event in events) > 50
     for unit in CROWD:
         mine = [row for row in log if row[1] == unit]
@@ -2183,239 +2250,21 @@ def check_starts(events: list[float], answered: list[tuple[float, float]], unkno
 
 
 # ---------------------------------------------------------------------------------------------------------
-# More helpers: lines from pipes, an agent with other constants, strangers, and a bystander.
-# ---------------------------------------------------------------------------------------------------------
-
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
-COUNT = itertools.count()
-EACH = 2 if hasattr(os, "eventfd") else 3  # descriptors of a connection in the agent
-CATCH = """
-import os, signal
-numbers = [getattr(signal, "SIG" + name) for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2")]
-signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # handlers and pause() would race
-os.write(1, b"ready\\n")
-while True:
-    number = signal.sigwait(numbers)
-    os.write(1, b"got %d\\n" % number)
-    if number == signal.SIGTERM:
-        os._exit(9)
-"""
-SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM]
-for number in SIGNALS:  # in the background of a shell, or under nohup(1), what is tested would ignore some of them
-    if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, signal.SIG_DFL)
-
-
-def shown_on(master: int, text: bytes, seen: bytes = b"") -> bytes:
-    """What was seen of a terminal before and what is shown now, up to the moment when a text is in it."""
-    while text not in seen:
-        assert select.select([master], [], [], PATIENCE)[0], f"{text!r} never came after {seen!r}"
-        seen += os.read(master, 4096)
-    return seen
-
-
-def line_of(pipe: Any) -> str:
-    """The next line from a process, without reading ahead, so a short one."""
-    data = b""
-    while not data.endswith(b"\n"):
-        assert select.select([pipe], [], [], PATIENCE)[0], f"nothing more after {data!r}"
-        byte = os.read(pipe.fileno(), 1)
-        if not byte:
-            break
-        data += byte
-        assert len(data) < 10_000, "this takes long; read it otherwise"
-    return data.decode()
-
-
-def stopped(agent: subprocess.Popen[str], number: int = signal.SIGTERM) -> subprocess.CompletedProcess[str]:
-    """Send a signal and wait for the end."""
-    agent.send_signal(number)
-    return finish(agent)
-
-
-def altered(changes: str, *argv: str) -> list[str]:
-    """A command line of coder_sync with some of the module's names set to other values."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import coder_sync\n{changes}\ncoder_sync.main(sys.argv[1:])"
-    return [*PYTHON, code, *argv]
-
-
-def limited(limit: str, *argv: str) -> list[str]:
-    """A command line of coder_sync under an option of ulimit."""
-    return ["sh", "-c", f'ulimit {limit}; exec "$@"', "-", *program(), *argv]
-
-
-def answering(world: World, argv: list[str], **options: Any) -> subprocess.Popen[str]:
-    """Start an agent with this command line; return once it answers."""
-    agent = world.spawn(argv, **options)
-    world.client.ping(wait=PATIENCE)
-    return agent
-
-
-def stranger(*argv: str, uid: int = 65534, changes: str = "") -> list[str]:
-    """A command line of coder_sync as another user, if we can be one. What it may import it imports before."""
-    modules = (
-        "contextlib, difflib, fcntl, grp, json.decoder, pwd, queue, resource, select, signal, socket, socketserver"
-    )
-    modules += ", tempfile, threading, logging.handlers"
-    become = f"import os, {modules}, encodings.ascii\nif os.getuid() == 0: os.setgroups([]); os.setuid({uid})\n"
-    return altered(become + changes, *argv)
-
-
-def served(world: World) -> None:
-    """Assert that another client is served as if nothing had happened."""
-    unit = f"bystander-{next(COUNT)}"
-    assert world.client.start(unit, timeout=PATIENCE).dependencies == []
-    world.client.complete(unit)
-    assert world.status(unit) == "completed"
-
-
-def use_up(world: World, pid: int) -> list[Peer]:
-    """Leave an agent no descriptors; return the connections that have them."""
-    descriptors = f"/proc/{pid}/fd"
-
-    def at_rest() -> list[str]:
-        found = os.listdir(descriptors)
-        time.sleep(0.05)
-        return found if found == os.listdir(descriptors) else []
-
-    found = until(at_rest, "no connection that begins or ends")
-    limit = max(map(int, found)) + 4
-    limit += (len(found) - limit) % EACH  # none is left over
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, limit))
-    peers = [world.connect() for _ in range(30)]
-    until(
-        lambda: len(os.listdir(descriptors)) >= limit - 2, "descriptors used up, but for less than a connection takes"
-    )
-    left = len(os.listdir(descriptors))
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (left, left))
-    return peers
-
-
-def free(world: World, pid: int, peers: list[Peer]) -> None:
-    """Close connections, and return once the agent has closed them too."""
-    for peer in peers:
-        peer.close()
-    until(lambda: serves(world))
-    until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] - 2)
-
-
-def memory_of(pid: int) -> int:
-    """The most memory that a process has had, in KiB."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])  # type: ignore[index]
-
-
-def kinds_of(world: World, unit: str) -> list[str]:
-    """What happened to a unit, in order."""
-    return [e.kind for e in world.client.events() if e.unit == unit]
-
-
-def happened(world: World, unit: str, kind: str) -> None:
-    """Return once this happened to a unit."""
-    until(lambda: kind in kinds_of(world, unit), f"{unit}: {kind}")
-
-
-def alive(pid: int) -> bool:
-    return bool(coder_sync.birth(pid))
-
-
-def process_state(pid: int) -> str:
-    """The letter of ps(1): S sleeps, T is stopped, Z is a zombie."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def at_rest(pid: int) -> None:
-    """Return once a process uses no processor, where that can be seen."""
-
-    def used() -> list[str]:
-        stat = Path(f"/proc/{pid}/stat")
-        return stat.read_text().rpartition(")")[2].split()[11:13] if Path("/proc/self/stat").exists() else []
-
-    until(lambda: used() == (time.sleep(0.4), used())[1], "nothing to do")
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    """Stop a process, and return once it does nothing any more."""
-    process.send_signal(signal.SIGSTOP)
-    until(lambda: process_state(process.pid) == "T", "stopped")
-
-
-def serves(world: World, pid: int = 0) -> bool:
-    """Whether an agent answers, and is the one that is meant."""
-    with contextlib.suppress(coder_sync.Unreachable):
-        found = world.client.ping()["pid"]
-        return bool(found == (pid or found))
-    return False
-
-
-class Ended(BaseException):
-    """What posix._exit raises in `Call`."""
-
-
-class Call:
-    """A call of the command line inside this process: for what it says and how it ends, at no interpreter's start."""
-
-    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capfd, self.monkeypatch = capfd, monkeypatch
-        self.main: Callable[[], Any] = coder_sync.main
-
-    def __call__(self, world: World, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        def end(code: int) -> None:
-            raise Ended(code)
-
-        with self.monkeypatch.context() as patch:
-            patch.setattr(coder_sync.posix, "_exit", end)
-            patch.setattr(sys, "argv", [str(FILE), *words])
-            for name, value in {"CODER_AGENT_SOCKET_PATH": world.path, **env}.items():
-                patch.setenv(name, value)
-            self.capfd.readouterr()
-            with pytest.raises(Ended) as caught:
-                self.main()
-            out, err = self.capfd.readouterr()
-        return subprocess.CompletedProcess(words, caught.value.args[0], out, err)
-
-    def ok(self, world: World, *words: str, **env: str) -> str:
-        """A call that must succeed; return what it printed."""
-        done = self(world, *words, **env)
-        assert done.returncode == 0, done
-        return str(done.stdout)
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    return Call(capfd, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """An agent that many badly behaved clients share."""
-    with World(tmp_path_factory.mktemp("shared")) as world:
-        world.serve()
-        yield world
-
-
-# ---------------------------------------------------------------------------------------------------------
 # Bad input: a clear error for the one who caused it, and nothing changes for anyone else.
 # ---------------------------------------------------------------------------------------------------------
 
 PING = b'{"jsonrpc":"2.0","id":1,"method":"ping"}'
 ODD_LINES = {  # after these nothing that follows can be trusted
     "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    "binary": bytes(range(14, 256)) + b"\n",
     "not utf-8": b'{"jsonrpc":"2.0","id":1,"method":"p\xffng"}\n',
-    "two values": PING + b" {}\n",
-    "not a number": b'{"jsonrpc":"2.0","id":NaN,"method":"ping"}\n',
-    "deep list": b"[" * 50_000 + b"\n",
-    "deep objects": b'{"a":' * 10_000 + b"\n",
-    "deep and closed": b"[" * 30_000 + b"]" * 30_000 + b"\n",
+    "deep": b'{"a":' * 10_000 + b"\n",
     "deep parameter": PING[:-1] + b',"params":' + b"[" * 40 + b"]" * 40 + b"}\n",
-    "huge number": b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"list","params":{}\n',
     "a byte too many": PING.ljust(coder_sync.MAX_LINE + 1) + b"\n",
-    "10 MB": b"x" * 10_000_000 + b"\n",
     "10 MB and no end": b"x" * 10_000_000,
 }
 
 
-def test_garbage_is_answered_with_an_error_and_hung_up_on_also_on_a_small_stack(world: World) -> None:
+def test_garbage_is_refused_and_hung_up_on_also_on_a_small_stack(world: World) -> None:
     agent = answering(world, limited("-s 256", "serve", "-q"))
     for kind, line in ODD_LINES.items():
         peer = world.connect()
@@ -2426,7 +2275,6 @@ def test_garbage_is_answered_with_an_error_and_hung_up_on_also_on_a_small_stack(
         assert ("65536 bytes" in answer["error"]["message"]) == (len(line) > coder_sync.MAX_LINE + 1), kind
         assert len(line) >= 10_000_000 or peer.read() is None, kind
         served(world)
-    assert "result" in world.connect().call("want", unit="a", dependencies=["[{" * 100])
     assert stopped(agent).returncode == 0
     with impostor(world, b"[" * 60_000 + b"\n"):
         done = finish(world.spawn(limited("-s 256", "ping")))
@@ -2434,14 +2282,13 @@ def test_garbage_is_answered_with_an_error_and_hung_up_on_also_on_a_small_stack(
 
 
 NO_REQUESTS = [
-    *(b"1", b'"ping"', b"null", b"[]", b"[%s]" % PING, b"{}"),
-    *(PING.replace(b"2.0", b"1.0"), b'{"id":1,"method":"ping"}'),
+    *(b"1", b'"ping"', b"null", b"[%s]" % PING, b"{}", PING.replace(b"2.0", b"1.0"), b'{"id":1,"method":"ping"}'),
     *(b'{"jsonrpc":"2.0","id":1%s}' % method for method in (b"", b',"method":7', b',"method":["ping"]')),
-    *(PING.replace(b"1", name) for name in (b"null", b"true", b"1.5", b"[]", b"{}")),
+    *(PING.replace(b"1", name) for name in (b"null", b"true", b"1.5", b"[]")),
     b'{"jsonrpc":"2.0","method":"start","params":{"unit":"never"}}',
     b'{"jsonrpc":"2.0","method":"wait","params":{"units":["never"]}}',
 ]
-NO_METHODS = ["", "Ping", "kill", "_stop", "__init__", "x" * 1000, "a\nb"]
+NO_METHODS = ["", "Ping", "_stop", "__init__", "x" * 1000, "a\nb"]
 
 
 def test_json_that_is_no_request_is_refused_and_the_connection_goes_on(shared: World) -> None:
@@ -2454,48 +2301,43 @@ def test_json_that_is_no_request_is_refused_and_the_connection_goes_on(shared: W
         assert error["message"].startswith("no such method: ") == (line in unknown)
         assert error["message"].isprintable()
         assert peer.call("ping", "again")["id"] == "again"
-    assert shared.status("never") == "not registered"
 
 
 WRONG: dict[str, list[Any]] = {  # what a parameter is declared as -> what it may not be
     "str": [None, True, 1, ["x"], {}],
-    "int": [None, True, 2**31, -(2**31), 10**30, 1.5, "x", []],
-    "float": [None, True, -1, -0.5, 1e9, "x", []],
+    "int": [None, True, 2**31, -(2**31), 1.5, "x", []],
+    "float": [None, True, -0.5, 1e9, "x", []],
     "bool": [None, 1, "x"],
     "Id": [None, True, 1.5, [], {}],
     "Object": [None, True, "x", ["x"]],
-    "Sequence[str]": [None, "x", {}, [1], ["x", None], [["x"]]],
+    "Sequence[str]": [None, "x", {}, [1], ["x", None]],
     "Sequence[Object]": [None, "x", {}, ["x"], [{}, 1]],
 }
 
 
-@pytest.mark.parametrize("method", coder_sync.METHODS)
-def test_wrong_unknown_missing_and_superfluous_parameters_are_refused(shared: World, method: str) -> None:
-    spec = coder_sync.parameters(coder_sync.METHODS[method])
-    required = {name: "x" for name, (_, needed) in spec.items() if needed}
+def test_wrong_unknown_missing_and_superfluous_parameters_are_refused(shared: World) -> None:
     peer = shared.connect()
 
-    def refused(params: Any) -> str:
+    def refused(method: str, params: Any) -> str:
         peer.send(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode() + b"\n")
         error = peer.read()["error"]
-        assert error["code"] == -32602, params
+        assert error["code"] == -32602, (method, params)
         return str(error["message"])
 
-    for name, (kind, _) in spec.items():
-        for value in WRONG[kind]:
-            assert f'"{name}"' in refused({**required, name: value}), value
-    for params in ({**required, "colour": 1}, ["x"] * (len(spec) + 1), "x", 7, None):
-        refused(params)
-    for name in required:
-        assert f'"{name}"' in refused({k: v for k, v in required.items() if k != name})
-    served(shared)
+    for method, does in coder_sync.METHODS.items():
+        declared = coder_sync.parameters(does)
+        required = {name: "x" for name, (_, needed) in declared.items() if needed}
+        for name, (kind, needed) in declared.items():
+            for value in WRONG[kind]:
+                assert f'"{name}"' in refused(method, {**required, name: value}), value
+            if needed:
+                assert f'"{name}"' in refused(method, {k: v for k, v in required.items() if k != name})
+        for params in ({**required, "colour": 1}, ["x"] * (len(declared) + 1), "x", None):
+            refused(method, params)
 
 
-NAMING = dict.fromkeys(("want", "start", "complete", "fail", "status"), "unit")
 REFUSED_CALLS: list[tuple[str, dict[str, Any], str]] = [  # method, parameters, what the message begins with
-    *((m, {key: name}, "unit name " if name else "a unit name ") for m, key in NAMING.items() for name in BAD_NAMES),
-    *(("wait", {"units": [name]}, "unit name " if name else "a unit name ") for name in BAD_NAMES),
-    *(("want", {"unit": "fine", "dependencies": ["one", name]}, ".*unit name") for name in BAD_NAMES),
+    *(("want", {"unit": name}, "unit name " if name else "a unit name ") for name in BAD_NAMES),
     *(("boot", {"units": [{"unit": name}]}, "") for name in (None, 1, [], {}, "", "a\n")),
     *(
         ("boot", {"units": [{"unit": "even"}, {"unit": "odd", **more}]}, "a unit of a boot is ")
@@ -2503,7 +2345,7 @@ REFUSED_CALLS: list[tuple[str, dict[str, Any], str]] = [  # method, parameters, 
     ),
     *(
         (method, {**names, "requires": requires}, "no such requirement")
-        for requires in ("", "Success", "ended", "completed", "luck" * 1000)
+        for requires in ("", "completed", "luck" * 1000)
         for method, names in (("want", {"unit": "odd"}), ("start", {"unit": "odd"}), ("wait", {"units": ["x"]}))
     ),
     *(
@@ -2521,7 +2363,7 @@ def test_what_cannot_be_meant_is_refused_in_one_printable_line_and_changes_nothi
     shared.client.want("c1", "c2")
     shared.client.want("c2", "c3")
     shared.client.start("kept")
-    before = {u.unit_name for u in shared.client.list(everything=True)}
+    before = {u.unit_name: u.status for u in shared.client.list(everything=True)}
     peer = shared.connect()
     for method, params, said in REFUSED_CALLS:
         error = peer.call(method, **params)["error"]
@@ -2529,25 +2371,13 @@ def test_what_cannot_be_meant_is_refused_in_one_printable_line_and_changes_nothi
         assert re.match(said, message) and message.isprintable() and len(message) < 200, (method, params, message)
         assert message.count("luck") <= 15
         assert error.get("data", []) == (["c3", "c1", "c2", "c3"] if "cycle" in message else []), error
-    assert {u.unit_name for u in shared.client.list(everything=True)} == before
-    assert shared.status("kept") == "started"
+    assert {u.unit_name: u.status for u in shared.client.list(everything=True)} == before
     assert peer.call("boot")["result"]["units"] == 0  # those of a boot that was refused are not kept for the next
     shared.client.complete("kept")
 
 
-ODD_NAMES = ["x" * 255, 'coder_script.startup_unit["health-check"]', "<module>.git-clone", "a\\b", "Clone repository"]
-ODD_NAMES += ["-", "--help", "--", "\u4f60\u597d \U0001f600", " ", "%s%n{0}", "$(id)", "[[[{{{" * 20]
-
-
-def test_every_printable_name_can_be_used(shared: World) -> None:
-    for name in ODD_NAMES:
-        shared.client.want(name, "other")
-        assert shared.client.status(name).unit_name == name
-    assert {u.unit_name for u in shared.client.list()} >= set(ODD_NAMES)
-
-
 def test_requests_may_come_in_any_pieces_and_end_anywhere(shared: World) -> None:
-    peer, line = shared.connect(), b'{"jsonrpc":"2.0","id":%d,"method":"want","params":{"unit":"half"}}'
+    peer, line = shared.connect(), PING.replace(b'"ping"', b'"want","params":{"unit":"half"}')
     peer.send(PING.ljust(coder_sync.MAX_LINE) + b"\n")
     assert "result" in peer.read()
     for byte in PING + b"\n":
@@ -2555,49 +2385,47 @@ def test_requests_may_come_in_any_pieces_and_end_anywhere(shared: World) -> None
     assert peer.read()["id"] == 1
     peer.send(b"\r\n\n".join(PING.replace(b"1", b"%d" % i) for i in range(300)) + b"\n")
     assert [peer.read()["id"] for _ in range(300)] == list(range(300))
-    for cut in range(len(line % 1)):
-        peer = shared.connect()
-        peer.send((line % 1)[:cut])
-        peer.close()
-    for data, code in ((line[:-2] % 1, -32700), (line % 1, None)):
-        served(shared)
-        assert shared.status("half") == "not registered"
+    for data, code, status in ((line[:-2], -32700, "not registered"), (line, None, "pending")):
         peer = shared.connect()
         peer.send(data)
         peer.sock.shutdown(socket.SHUT_WR)
         assert peer.read().get("error", {}).get("code") == code
-        assert peer.read() is None
-    assert shared.status("half") == "pending"
+        assert (peer.read(), shared.status("half")) == (None, status)
 
 
-def test_an_id_is_in_use_until_its_answer_has_come_or_is_confirmed(shared: World) -> None:
+def test_an_id_is_in_use_until_its_answer_has_come(shared: World) -> None:
     peer, other = shared.connect(), shared.connect()
     peer.request("start", 1, unit="first", dependencies=["later"])
     shared.waiting("first")
-    assert peer.call("confirm", 2, id=1)["result"] == {"confirmed": False}
     for method, params in (("start", {"unit": "second"}), ("ping", {})):
         assert "in use" in peer.call(method, 1, **params)["error"]["message"]
     shared.end("later")
     assert peer.read()["result"]["dependencies"] == ["later"]
-    assert "result" in peer.call("start", 1, unit="unconfirmed", confirm=True)
-    assert "is in use" in peer.call("start", 1, unit="second", confirm=True)["error"]["message"]
+    assert "result" in peer.call("ping", 1)
     assert shared.status("second") == "not registered"
-    other.request("start", unit="unconfirmed", progress=True)
-    (row,) = other.read()["params"]["missing"]
-    assert (row["depends_on"], row["current_status"]) == ("unconfirmed", "started") and row["owner"]["pid"]
-    assert [peer.call("confirm", 2, id=1)["result"] for _ in range(2)] == [{"confirmed": True}, {"confirmed": False}]
-    assert other.read()["error"]["message"].startswith('unit "unconfirmed" is already started')
-    assert "result" in peer.call("start", 1, unit="second", confirm=True)
-    other.request("start", unit="second", progress=True)
-    assert "waiting" in other.read()["method"]
-    peer.close()  # and what it was granted goes to the next
-    assert "result" in other.read()
     assert other.call("boot", 2, units=[{"unit": "booted", "wants": {"gate": "success"}}])["result"]
     other.request("start", 2, unit="third", dependencies=["never"])
     shared.end("gate")
     assert other.read()["params"]["unit"] == "booted"  # a notification, so it frees no id
     assert "in use" in other.call("ping", 2)["error"]["message"]
     other.close()
+
+
+def test_a_start_that_is_to_be_confirmed_is_granted_only_then(shared: World) -> None:
+    peer, other = shared.connect(), shared.connect()
+    assert peer.call("confirm", 2, id=1)["result"] == {"confirmed": False}
+    assert "result" in peer.call("start", 1, unit="unconfirmed", confirm=True)
+    assert "in use" in peer.call("ping", 1)["error"]["message"]
+    other.request("start", unit="unconfirmed", progress=True)
+    (row,) = other.read()["params"]["missing"]
+    assert (row["depends_on"], row["current_status"]) == ("unconfirmed", "started") and row["owner"]["pid"]
+    assert [peer.call("confirm", 2, id=1)["result"] for _ in range(2)] == [{"confirmed": True}, {"confirmed": False}]
+    assert other.read()["error"]["message"].startswith('unit "unconfirmed" is already started')
+    assert "result" in peer.call("start", 1, unit="passed on", confirm=True)
+    other.request("start", unit="passed on", progress=True)
+    assert "waiting" in other.read()["method"]
+    peer.close()  # and what it was granted goes to the next
+    assert "result" in other.read()
 
 
 # -- limits ------------------------------------------------------------------------------------------------
@@ -2612,23 +2440,11 @@ def fill(world: World, names: int) -> None:
     peer.close()
 
 
-GOES_ON_LATE = """
-send = coder_sync.Connection.send
-def send_and_go_on_late(self, data):  # when the unit of a held start has been ended
-    send(self, data)
-    while b"env" in data and any(claim.held and claim.unit.status == "started" for claim in self.claims):
-        coder_sync.time.sleep(0.001)
-coder_sync.Connection.send = send_and_go_on_late
-coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 2, 1
-"""
-
-
-def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not(world: World) -> None:
-    answering(world, altered(GOES_ON_LATE, "serve", "-q"))
-    holder = world.connect()
+def test_who_is_silent_or_does_not_read_is_dropped_and_who_waits_or_holds_is_not(world: World) -> None:
+    answering(world, altered("coder_sync.IDLE_TIMEOUT, coder_sync.SEND_TIMEOUT = 1, 0.5", "serve", "-q"))
+    holder, waiting, talking, silent, waited, deaf, watcher, gone = (world.connect() for _ in range(8))
     holder.call("start", unit="held", hold=True)
     world.client.complete("held")  # whoever holds it has yet to be told
-    waiting, talking, silent, waited, deaf, watcher, gone = (world.connect() for _ in range(7))
     assert "result" in waited.call("wait", units=["held"])
     waiting.request("start", 1, unit="a", dependencies=["b"])
     deaf.request("wait", 1, units=["never"])
@@ -2639,9 +2455,9 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
     deaf.request("list", 2, all=True)
     for _ in range(4):
         assert talking.call("ping")["result"]
-        time.sleep(0.6)
+        time.sleep(0.3)
     for idle in (silent, waited):
-        assert "no request for 2 seconds" in idle.read()["error"]["message"]
+        assert "no request for 1 seconds" in idle.read()["error"]["message"]
         assert idle.read() is None
     assert "result" in holder.call("complete", unit="held")
     for peer in (deaf, watcher):
@@ -2650,7 +2466,6 @@ def test_who_is_silent_or_does_not_read_for_long_is_dropped_and_who_waits_is_not
         assert hung_up.poll(PATIENCE * 1000)[0][1] & select.POLLHUP
     world.end("b")
     assert waiting.read()["id"] == 1
-    time.sleep(0.1)
     assert "result" in waiting.call("ping", 2)  # its time began anew
     served(world)
 
@@ -2692,7 +2507,7 @@ def test_connections_past_the_limit_are_told_so_and_the_others_go_on(call: Call,
     if few == "connections":
         agent = answering(world, altered("coder_sync.MAX_CONNECTIONS = 8", "serve"))
     else:  # 24 are for itself
-        agent = answering(world, limited(f"-n {24 + 8 * EACH}", "serve"))
+        agent = answering(world, limited(f"-n {24 + 8 * (2 if hasattr(os, 'eventfd') else 3)}", "serve"))
 
     def admitted() -> Peer | None:  # the agent may not have seen yet that the last one has gone
         peer = world.connect()
@@ -2706,9 +2521,9 @@ def test_connections_past_the_limit_are_told_so_and_the_others_go_on(call: Call,
         assert extra.read() is None
     done = call(world, "ping")
     assert done.returncode == 3 and "limit of 8 connections" in done.stderr
+    assert "result" in peers[0].call("start", unit="a")
     for peer in peers[1:]:
         peer.close()
-    assert "result" in peers[0].call("start", unit="a")
     peers[1:] = [until(admitted) for _ in range(7)]
     assert "refused: the agent has reached its limit" in stopped(agent).stderr
 
@@ -2733,7 +2548,7 @@ def test_what_a_client_asked_before_it_hung_up_is_done_and_its_starts_are_left_t
         assert world.client.start(name).dependencies == []
 
 
-def test_clients_that_are_silent_or_do_not_read_disturb_nobody_not_even_at_the_end(agent: World) -> None:
+def test_clients_that_are_silent_or_do_not_read_do_not_keep_an_agent_from_ending(agent: World) -> None:
     fill(agent, 1000)
     silent, deaf = [agent.connect() for _ in range(300)], [agent.connect() for _ in range(3)]
     for peer in deaf:
@@ -2751,18 +2566,21 @@ def test_clients_that_are_silent_or_do_not_read_disturb_nobody_not_even_at_the_e
 
 @LINUX
 def test_answers_for_a_client_that_does_not_read_or_is_gone_do_not_pile_up(world: World) -> None:
+    def memory() -> int:  # the most that it has had, in KiB
+        return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{agent.pid}/status").read_text())[0])
+
     agent = answering(world, altered("coder_sync.SEND_TIMEOUT = 0.5", "serve", "-q"))
     fill(world, 1000)
-    before = memory_of(agent.pid)
-    deaf = [world.connect() for _ in range(3)]
-    for peer in deaf:
+    before = memory()
+    peers = [world.connect() for _ in range(3)]
+    for n, peer in enumerate(peers):
         request = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "graph"}).encode() + b"\n"
         peer.send(request * 600 + request.replace(b"graph", b"events"))
-        peer.request("want", unit=f"last-{peer.sock.fileno()}")
-    deaf[0].close()
-    for peer in deaf[1:]:
-        until(lambda peer=peer: world.status(f"last-{peer.sock.fileno()}") == "pending")  # what it asked is done
-    assert memory_of(agent.pid) - before < 60_000  # it was hung up on after the first answers
+        peer.request("want", unit=f"last-{n}")
+    peers[0].close()
+    for n in (1, 2):
+        until(lambda n=n: world.status(f"last-{n}") == "pending")  # what it asked is done
+    assert memory() - before < 60_000  # it was hung up on after the first answers
 
 
 def test_a_boot_in_many_parts_is_bounded(world: World) -> None:
@@ -2784,38 +2602,41 @@ def test_an_error_that_is_not_the_peers_goes_to_the_log(world: World) -> None:
     assert re.search(r"internal error at line \d+: OSError\(22, 'Invalid argument'\); please report it", said)
 
 
-# -- no descriptors, no memory, a small stack ---------------------------------------------------------------
+# -- no descriptors, no threads -----------------------------------------------------------------------------
 
 
 @LINUX
 def test_an_agent_out_of_descriptors_says_so_serves_who_is_connected_and_recovers(world: World) -> None:
     agent, dying = world.serve("--log-file", "log"), world.spawn(["cat"], stdin=subprocess.PIPE)
-    peer = world.connect()
+    peer, more = world.connect(), [world.connect()]
     for name, pid in (("mine", os.getpid()), ("dying", dying.pid)):
         assert "result" in peer.call("start", unit=name, pid=pid)
-    peers = use_up(world, agent.pid)
-    log = world.directory / "log"
-    until(lambda: f"cannot accept connections: {os.strerror(errno.EMFILE)}" in log.read_text(), "a word in the log")
-    assert "result" in peer.call("want", unit="a", dependencies=["b"])
-    for method, unit in (("start", "c"), ("complete", "a"), ("fail", "a"), ("status", "a")):
-        assert peer.call(method, unit=unit)["id"] == 1
-    assert "result" in peer.call("status", unit="aa")  # it looks for a name like it, which needs a file
+    limits = resource.prlimit(agent.pid, resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir(f"/proc/{agent.pid}/fd")))
+    resource.prlimit(agent.pid, resource.RLIMIT_NOFILE, (min({*range(len(used) + 1)} - used), limits[1]))
+    said = f"cannot accept connections: {os.strerror(errno.EMFILE)}"
+    until(lambda: more.append(world.connect()) or said in (world.directory / "log").read_text(), "a word in the log")
+    for method, unit in (("want", "a"), ("start", "c"), ("complete", "a"), ("status", "aa")):
+        assert "result" in peer.call(method, unit=unit)
     answer = peer.call("start", unit="owned", pid=os.getpid())
     assert "not alive" not in answer.get("error", {}).get("message", "")
     dying.kill()
     dying.wait()
     if hasattr(os, "pidfd_open"):  # without it nobody can tell now
         until(lambda: ["dying", "failed"] in [[u["unit_name"], u["status"]] for u in peer.call("list")["result"]])
-    free(world, agent.pid, peers)
+    resource.prlimit(agent.pid, resource.RLIMIT_NOFILE, limits)
     served(world)
     happened(world, "dying", "failed")
+    until(lambda: world.client.status("mine").owner.alive, "a descriptor to look at an owner with")
+    assert world.status("mine") == "started"
 
-    def mine() -> Any:  # no connection more: it could take the last descriptor again
-        found = peer.call("status", unit="mine")["result"]
-        return None if found["owner"]["alive"] is None else found  # the one before may have it for a moment yet
 
-    found = until(mine, "a descriptor to look at an owner with")
-    assert (found["status"], found["reason"], found["owner"]["alive"]) == ("started", "", True)
+def test_an_agent_that_can_have_no_thread_or_descriptor_says_so_and_leaves_nothing(world: World) -> None:
+    no_thread = "def start(self): raise RuntimeError('no thread')\nimport threading; threading.Thread.start = start"
+    for argv in (altered(no_thread, "serve"), *(limited(f"-n {n}", "serve", "-q") for n in (5, 6))):
+        done = finish(world.spawn(argv))
+        assert done.returncode == 1 and re.fullmatch("(error: cannot|OSError:.* Too many) .*\n", done.stderr), done
+        assert os.listdir(world.directory) == []
 
 
 NO_THREADS = """
@@ -2829,14 +2650,6 @@ _thread.start_new_thread = start_new_thread
 """
 
 
-def test_an_agent_that_can_have_no_thread_or_descriptor_says_so_and_leaves_nothing(world: World) -> None:
-    no_thread = "def start(self): raise RuntimeError('no thread')\nimport threading; threading.Thread.start = start"
-    for argv in (altered(no_thread, "serve"), *(limited(f"-n {n}", "serve", "-q") for n in (5, 6))):
-        done = finish(world.spawn(argv))
-        assert done.returncode == 1 and re.fullmatch("(error: cannot|OSError:.* Too many) .*\n", done.stderr), done
-        assert os.listdir(world.directory) == []
-
-
 def test_an_agent_without_threads_says_so_and_recovers(world: World) -> None:
     agent = answering(world, altered(NO_THREADS, "serve"))
     (world.directory / "no thread").touch()
@@ -2847,27 +2660,6 @@ def test_an_agent_without_threads_says_so_and_recovers(world: World) -> None:
     said = [re.sub(STAMP, "", line) for line in stopped(agent).stderr.splitlines()]
     assert said.count("cannot accept connections: can't start new thread; trying again until it works") == 1
     assert not [line for line in said if "please report" in line]
-
-
-@contextlib.contextmanager
-def impostor(world: World, answer: bytes) -> Iterator[None]:
-    """Something else that listens at the socket's path, and gives everybody one answer."""
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            with contextlib.suppress(OSError):
-                self.request.recv(65536)
-                self.request.sendall(answer)
-                self.request.shutdown(socket.SHUT_WR)
-                self.request.recv(65536)
-
-    with socketserver.UnixStreamServer(world.path, Handler) as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        try:
-            yield
-        finally:
-            server.shutdown()
-            os.unlink(world.path)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3337,7 +3129,8 @@ def test_our_own_failure_before_the_command_is_125(call: Call, agent: World, tem
     taken = call(agent, "serve", "--socket-path", agent.path, "--", "echo", "ran")
     deep = temporary / ("x" * 110)
     deep.mkdir()
-    deeper = agent.run("serve", "--", "echo", "ran", env={**agent.env, "TMPDIR": str(deep)})
+    deeper = agent.run("serve", "--socket-path", f"{deep}/socket", "--", "echo", "ran")
+    assert agent.ok("serve", "--", "echo", "ran", env={**agent.env, "TMPDIR": str(deep)}) == "ran\n"  # not there
     pid = agent.client.ping()["pid"]
     for done, said in ((taken, f"(pid {pid})"), (deeper, "too long for a socket path")):
         assert (done.returncode, done.stdout) == (125, "") and said in done.stderr
@@ -4193,11 +3986,13 @@ def test_a_command_gets_the_whole_socket_path_with_an_agent_or_optionally_withou
     assert re.fullmatch("warning: a: runs without coordination: .*no such file.*\n", done.stderr)
 
 
+@LINUX
 def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) -> None:
     process, pid = held(agent, "a", "--ready", "file:never", "--ready-timeout", "300ms")
     until(lambda: agent.client.status("a").owner.pid == pid)
     agent.ok("complete", "a")
     until(lambda: agent.client.status("a").running_on)
+    until(lambda: len(os.listdir(f"/proc/{process.pid}/task")) == 1, "no thread that probes")
     time.sleep(0.4)  # for longer than it may take to become ready
     assert agent.status("a") == "completed" and process.poll() is None
     os.kill(pid, signal.SIGKILL)
@@ -4897,18 +4692,13 @@ def test_what_is_above_the_cut_is_all_that_its_commands_need(call: Call, agent: 
 # Load: many owners in one layered graph, a third of them runs that are killed.
 # ---------------------------------------------------------------------------------------------------------
 
-UNITS, LAYERS = 200, 8
-
 
 def test_of_many_owners_a_third_killed_each_ends_and_for_the_right_reason(world: World) -> None:
     world.serve("-q")
-    chance, size = random.Random(20), UNITS // LAYERS
-    layers = [[f"u{layer}-{i}" for i in range(size)] for layer in range(LAYERS)]
+    chance, layers = random.Random(20), [[f"u{layer}-{i}" for i in range(25)] for layer in range(8)]
     wants = {name: chance.sample(layers[n - 1], 2) if n else ["go"] for n, layer in enumerate(layers) for name in layer}
-    names = chance.sample(list(wants), UNITS)
-    fate = {name: chance.choice(["early", "command", "late"]) for name in chance.sample(names, UNITS // 3)}
+    names = chance.sample(list(wants), len(wants))
     runs: dict[str, subprocess.Popen[str]] = {}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
     def block(name: str) -> int:
         try:
@@ -4918,51 +4708,36 @@ def test_of_many_owners_a_third_killed_each_ends_and_for_the_right_reason(world:
             return error.exit_code
         return 0
 
-    with concurrent.futures.ThreadPoolExecutor(UNITS) as pool:
-        blocks = {name: pool.submit(block, name) for name in names if name not in fate}
-        for name, end in fate.items():
-            command = ["sh", "-c", "kill -9 $$"] if end == "command" else ["sleep", "0.02"]
-            options = [word for dependency in wants[name] for word in ("--want", dependency)]
-            runs[name] = world.popen("run", name, "-q", "--timeout", "60s", *options, "--", *command, **quiet)
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        blocks = {name: pool.submit(block, name) for name in names[: len(names) * 2 // 3]}
+        for name in names[len(blocks) :]:
+            wanted = [word for dependency in wants[name] for word in ("--want", dependency)]
+            runs[name] = world.popen("run", name, "-q", "--timeout", "60s", *wanted, "--", "sleep", "0.02")
         world.waiting(*names)
-        early = [name for name in names if fate.get(name) == "early"]
-        for name in early[::2]:  # while it waits
-            runs[name].kill()
-        todo = early[1::2] + [name for name in names if fate.get(name) == "late"]
+        todo = [*runs.values()]
+        for run in todo[::3]:  # while it waits
+            run.kill()
         watch = Client(world.path, 0).events(follow=True)
         world.end("go")
         for count, event in enumerate(watch):  # at any moment of the boot
             if count % 7 == 0 and todo:
-                runs[todo.pop()].kill()
+                todo.pop().kill()
             if event.unit == names[-1] and event.kind in coder_sync.ENDED:
                 break
-        for name in todo:
-            runs[name].kill()
-    codes = {name: run.wait(PATIENCE) for name, run in runs.items()}
-    codes.update((name, block.result()) for name, block in blocks.items())
+        for run in todo:
+            run.kill()
     until(lambda: all(u.status in coder_sync.ENDED for u in world.client.list()), "every unit ended")
 
     found = {u.unit_name: u for u in world.client.list()}
     for name, dependencies in wants.items():
         unit, bad = found[name], [found[d] for d in dependencies if found[d].status != "completed"]
-        if unit.status == "skipped":
-            skipped, failed = (
-                'dependency "{0.unit_name}" was skipped: {0.reason}',
-                'dependency "{0.unit_name}" failed ({0.reason})',
-            )
-            assert unit.reason in [(skipped if d.status == "skipped" else failed).format(d) for d in bad]
-            expected = 4
-        elif fate.get(name) == "command" and unit.status == "failed":
-            assert (unit.reason, bad) == ("killed by signal 9", [])
-            expected = 137
-        elif unit.status == "failed":
-            assert name in fate and re.fullmatch(lost(runs[name]), unit.reason)
-            expected = -signal.SIGKILL
+        if unit.status == "failed":
+            assert re.fullmatch(lost(runs[name]), unit.reason)
         else:
-            assert (unit.status, bad) == ("completed", [])
-            expected = 0
-        killed = fate.get(name) in ("early", "late") and codes[name] == -signal.SIGKILL
-        assert codes[name] == expected or killed, (name, unit)
+            assert unit.status == ("skipped" if bad else "completed")
+            assert not bad or any(unit.reason.startswith(f'dependency "{d.unit_name}" ') for d in bad)
+        if name in blocks:
+            assert blocks[name].result() == (4 if bad else 0)
     assert {u.status for u in found.values()} == {"completed", "failed", "skipped"}
 
 
@@ -4980,6 +4755,7 @@ def test_calls_return_typed_results(agent: World) -> None:
     client.complete("b")
     status = client.status("a")
     assert (status.unit_name, status.status, status.is_ready, status.exit_code) == ("a", "pending", False, None)
+    assert (status.waiting, status.ready, status.started, status.ended, status.exited) == (None,) * 5
     rows = [(d.depends_on, d.is_satisfied, d.requirement) for d in status.dependencies]
     assert rows == [("b", True, "success"), ("c", False, "success")]
     assert [u.unit_name for u in client.list()] == ["a", "b"]
@@ -5024,7 +4800,6 @@ def test_an_error_is_an_exception_of_its_own_and_says_what_it_is_about(mixed: Wo
     assert rows == [("b-late", "not registered"), ("c-late", "not registered")]
     with pytest.raises(DependencyFailed), mixed.client.unit("block", want=["bad"]):
         pytest.fail("entered")
-    assert mixed.status("block") == "skipped"
 
 
 def test_every_exception_of_the_readme_can_be_imported_by_a_star() -> None:
@@ -5033,19 +4808,21 @@ def test_every_exception_of_the_readme_can_be_imported_by_a_star() -> None:
     assert {"TimedOut", "DependencyFailed"} <= set(re.findall(r"\w+", README)) & set(errors) <= set(coder_sync.__all__)
 
 
+ENDINGS: list[tuple[Any, str, str]] = [
+    (None, "completed", ""),
+    (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
+    (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
+    (RuntimeError("x" * 100_000), "failed", "RuntimeError: x+[.]{3}"),
+    (SystemExit(3), "failed", "exit code 3"),
+    (SystemExit(True), "failed", "exit code 1"),
+    (SystemExit("no disk"), "failed", ".*no disk"),
+    (SystemExit(0), "completed", ""),
+    (SystemExit(None), "completed", ""),
+]
+
+
 def test_a_unit_ends_as_its_block_does(mixed: World) -> None:
-    endings: list[tuple[Any, str, str]] = [
-        (None, "completed", ""),
-        (ZeroDivisionError("no\nway"), "failed", "ZeroDivisionError: no way"),
-        (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
-        (RuntimeError("x" * 100_000), "failed", "RuntimeError: x+[.]{3}"),
-        (SystemExit(3), "failed", ".*3"),
-        (SystemExit(True), "failed", "exit code 1"),
-        (SystemExit("no disk"), "failed", ".*no disk"),
-        (SystemExit(0), "completed", ""),
-        (SystemExit(None), "completed", ""),
-    ]
-    for n, (error, status, reason) in enumerate(endings):
+    for n, (error, status, reason) in enumerate(ENDINGS):
         ending = pytest.raises(type(error)) if error else contextlib.nullcontext()
         with ending, mixed.client.unit(f"block-{n}") as start:
             assert (start.result.unit, mixed.status(f"block-{n}")) == (f"block-{n}", "started")
@@ -5068,13 +4845,13 @@ def test_an_exception_of_a_block_matters_more_than_that_its_agent_is_gone(world:
 BAD_ARGUMENTS: list[tuple[type, dict[str, Any]]] = [
     (TypeError, {"want": "database"}),  # not eight units of one letter
     (TypeError, {"locks": "apt"}),
-    (coder_sync.InvalidParams, {"want": [1]}),
+    (InvalidParams, {"want": [1]}),
     (Refused, {"want": ["x"], "requires": "luck"}),
     (TypeError, {"want": ["x"], "timeout": "soon"}),
     (ValueError, {"want": ["x"], "timeout": -1}),
-    (coder_sync.InvalidParams, {"want": ["x"], "timeout": True}),
+    (InvalidParams, {"want": ["x"], "timeout": True}),
     (ValueError, {"want": ["x"], "timeout": float("nan")}),
-    (coder_sync.InvalidParams, {"unit": None}),
+    (InvalidParams, {"unit": None}),
     (Refused, {"unit": ""}),
 ]
 
@@ -5084,20 +4861,17 @@ def test_a_bad_argument_is_refused_before_anything_is_registered(mixed: World) -
     for kind, bad in BAD_ARGUMENTS:
         arguments = {"unit": "never", "timeout": 0.1, **bad}
         with pytest.raises(kind):
-            print("accepted:", mixed.client.start(**arguments))
+            mixed.client.start(**arguments)
         with pytest.raises(kind):
-            print("accepted:", mixed.client.unit(**arguments).__enter__())
-    with pytest.raises(coder_sync.InvalidParams):
+            mixed.client.unit(**arguments).__enter__()
+    with pytest.raises(InvalidParams):
         mixed.client.start("never", pid="me")  # type: ignore[arg-type]
     assert [unit.unit_name for unit in mixed.client.list(everything=True)] == before
 
 
 def test_a_process_that_ends_in_its_block_fails_the_unit(mixed: World) -> None:
-    code = f"""import os, sys; sys.path.insert(0, {str(HERE)!r})
-from coder_sync import Client
-with Client().unit("left"):
-    os.write(1, b"in\\n"); os.read(0, 1); os._exit(0)"""
-    process = mixed.spawn([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE)
+    code = "import os\nwith coder_sync.Client().unit('left'): os.write(1, b'in\\n'); os.read(0, 1); os._exit(0)"
+    process = mixed.spawn(altered(code), stdin=subprocess.PIPE)
     assert line_of(process.stdout) == "in\n"
     assert mixed.status("left") == "started"
     process.communicate(timeout=PATIENCE)
@@ -5115,21 +4889,6 @@ def test_a_client_may_be_used_from_many_threads(agent: World) -> None:
     with concurrent.futures.ThreadPoolExecutor(40) as pool:
         list(pool.map(work, reversed(range(40))))
     assert [u.status for u in client.list()] == ["completed"] * 40
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Two more troubles: a run that gives up, and a clock that is set back.
-# ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_start_that_gave_up_has_failed_its_unit_if_it_was_to_own_it(agent: World) -> None:
-    assert agent.run("run", "a", "--want", "b", "--timeout", "10ms", "--", "true").returncode == 124
-    assert agent.client.status("a").reason == "timed out waiting for b (not registered)"
-    with pytest.raises(DependencyFailed):
-        agent.client.start("c", want=["a"])
-    for unit, owner, status in (("d", "--pid $$", "failed"), ("e", "", "completed")):
-        done = agent.shell(f"coder start {unit} --want b --timeout 10ms {owner}; coder complete {unit}")
-        assert (done.returncode, agent.status(unit)) == (status == "failed", status)
 
 
 CLOCK_SET_BACK = """
@@ -5150,7 +4909,6 @@ def test_nothing_but_the_log_follows_a_clock_that_is_set_back(world: World) -> N
     world.waiting("b")
     world.ok("complete", "a")
     assert finish(waits).returncode == 0
-    world.ok("run", "c", "--want", "a", "--", "true")
     events = list(world.client.events())
     assert max(e.wall for e in events) - min(e.wall for e in events) > 3000
     assert [e.time for e in events] == sorted(e.time for e in events)
@@ -6116,13 +5874,7 @@ class Boot:
     """A boot that has begun, perhaps under a command; `patch` is code that changes something in the module before."""
 
     def __init__(
-        self,
-        world: World,
-        files: Mapping[str, str | bytes],
-        *options: str,
-        patch: str = "",
-        under: Sequence[str] = (),
-        **popen: Any,
+        self, world: World, files: Mapping[str, Any], *options: str, patch: str = "", under: Any = (), **popen: Any
     ) -> None:
         argv = [*under, *altered(patch, "boot", startup(world, files), *options)]
         self.out = self.told = ""
@@ -6142,13 +5894,13 @@ class Boot:
         self.process.send_signal(number)
 
     def left(self) -> list[int]:
-        """What runs of all that it has started."""
+        """What runs of all that it has started. Where there is no /proc to find it in, the test is skipped."""
+        if not PROC:
+            pytest.skip("no /proc here")
         return [pid for pid in marked(self.mark) if pid != self.process.pid]
 
     def background(self) -> int:
-        """Its background process, once there is one. Where there is no /proc to find it in, the test is skipped."""
-        if not os.path.exists("/proc/self/stat"):
-            pytest.skip("no /proc here")
+        """Its background process, once there is one."""
 
         def leads(pid: int) -> bool:
             with contextlib.suppress(OSError):  # it may have gone meanwhile
@@ -6162,6 +5914,10 @@ class Boot:
         background = self.background()
         return [pid for pid in self.left() if pid != background]
 
+    def gone(self) -> None:
+        """Return once nothing is left of it."""
+        until(lambda: not self.left(), "nothing left")
+
     def ends(self, code: int = 0, out: str | None = None, *told: str, leaves: bool = False) -> str:
         """Wait for its end: with this status, this output, this said among more, and nothing left running.
 
@@ -6171,7 +5927,7 @@ class Boot:
         self.out, self.told = done.stdout, done.stderr
         assert done.returncode == code and out in (None, done.stdout), done
         assert [text for text in told if text not in done.stderr] == [], done.stderr
-        assert leaves or self.left() == [], done.stderr
+        assert leaves or not marked(self.mark), done.stderr
         return done.stderr
 
     def said(self) -> dict[str, list[str]]:
@@ -6187,7 +5943,7 @@ class Boot:
         return {unit: f"{how}: {why}" for how, unit, why in found}
 
 
-def boot_on_terminal(world: World, files: Mapping[str, str | bytes], *options: str) -> tuple[Boot, int]:
+def boot_on_terminal(world: World, files: Mapping[str, str | bytes], *options: str, **more: Any) -> tuple[Boot, int]:
     """A boot that leads the session of a terminal of 70 columns, and the terminal's other end."""
 
     def control() -> None:
@@ -6196,7 +5952,7 @@ def boot_on_terminal(world: World, files: Mapping[str, str | bytes], *options: s
     master, terminal = pty.openpty()
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, 70, 0, 0))
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    boot = Boot(world, files, *options, **streams, preexec_fn=control)
+    boot = Boot(world, files, *options, **streams, **more, preexec_fn=control)
     os.close(terminal)
     return boot, master
 
@@ -6227,13 +5983,11 @@ class Gate:
 
     def keep_open(self, over: Callable[[], bool]) -> None:
         """Let everybody through who comes, until it is over."""
+        until(lambda: (os.close(os.open(self.path, os.O_RDWR)), over())[1])
 
-        def open_and_ask() -> bool:
-            with contextlib.suppress(OSError):
-                os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK))
-            return over()
 
-        until(open_and_ask)
+# What nobody takes is dropped sooner.
+HURRY = "was = coder_sync.Output.write\ncoder_sync.Output.write = lambda *args, timeout=0.0: was(*args, timeout / 5)"
 
 
 @pytest.fixture
@@ -6241,10 +5995,14 @@ def gate(world: World) -> Gate:
     return Gate(world)
 
 
+PROC = os.path.exists("/proc/self/stat")
+needs_proc = pytest.mark.skipif(not PROC, reason="no /proc here")
+
+
 def marked(mark: str) -> list[int]:
     """The processes that have NAME=VALUE in their environment; a zombie has none."""
     found = []
-    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
+    for pid in filter(str.isdigit, os.listdir("/proc") if PROC else []):
         with contextlib.suppress(OSError):
             if mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 found.append(int(pid))
@@ -6255,16 +6013,15 @@ def read_lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def hear(stream: Any, text: str) -> str:
+def hear(pipe: Any, text: str) -> str:
     """Read a pipe until a line with this text has come, and return it; what follows it is left there."""
-    heard, line, deadline = b"", b"", time.monotonic() + PATIENCE
-    while text.encode() not in line:
-        assert select.select([stream], [], [], deadline - time.monotonic())[0], f"never heard {text!r}: {heard!r}"
-        byte = os.read(stream.fileno(), 1)
-        assert byte, f"never said {text!r}: {heard!r}"
-        heard += byte
-        line = heard.rpartition(b"\n")[0].rpartition(b"\n")[2]
-    return line.decode()
+
+    def heard() -> str:
+        line = line_of(pipe)
+        assert line, f"never heard {text!r}"
+        return line if text in line else ""
+
+    return str(until(heard, text))
 
 
 def planned(*paths: str) -> dict[str, coder_sync.Script]:
@@ -6283,9 +6040,6 @@ def mistakes(path: str) -> list[str]:
     except coder_sync.UsageError as error:
         return str(error).replace(path + "/", "").splitlines()
     return []
-
-
-needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc here")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -6572,7 +6326,6 @@ v4: printf 'A=1\nnonsense' > $CODER_SYNC_ENV => failed: line 2 of its $CODER_SYN
 v5: printf '1A=secret' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
 v6: printf 'A=\377' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not UTF-8
 v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
-v13: yes LONG_NAME=1 | head -c 40000 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
 v8: @retry 1 0; test -e v8.n && exit; echo A=3 > $CODER_SYNC_ENV; : > v8.n; exit 1 => try 2 of 2 after exit code 1
 v9: @want v8; echo ${A-unset} => unset
 v10: printf 'A=\000' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
@@ -6591,17 +6344,13 @@ s7: @ready sleep 60; @ready-timeout 900ms; sleep 60
     => failed: not ready after 900ms: sleep 60 (its first try has not ended)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
 s9: @want s8; while $SYNC wait s8 -q 2>&-; do sleep 0.3; done; echo s9 => s9
-s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 900ms: file:up (no such file))
 # past its timeout, which bounds the run and not the waiting, a script and its children end, and what a failure leaves
 t1: @timeout 200ms; exec sleep 60 => failed: timed out after 200ms
-t2: @timeout 200ms; sleep 60 & sleep 60 => failed: timed out after 200ms
 t3: @timeout 200ms; trap '' TERM INT; while :; do sleep 60; done => failed: timed out after 200ms
 t4: @timeout 200ms; (trap '' TERM; exec sleep 60) & sleep 60 => failed: timed out after 200ms
-t5: @want t1; echo t5 => skipped: dependency "t1" failed (timed out after 200ms)
 t10: @ready file:t10; @timeout 900ms; : > t10; exec sleep 60 => died: completed, then ended: timed out after 900ms
 t6: sleep 0.5 =>
 t7: @want t6; @timeout 400ms; echo t7 => t7
-t8: sleep 60 & exit 3 => failed: exit code 3
 t9: (trap '' TERM; exec sleep 60) & exit 3 => failed: exit code 3
 # what fails is tried again, and only the last try counts
 r1: @retry 3 100ms; echo n >> n; n=$(($(wc -l < n))); : > n$n; test $n = 3 && exit; sleep 60 & exit 9
@@ -6626,11 +6375,10 @@ o6: printf 'caf\303\251\000\n' => caféNUL
 o7: echo out; echo err >&2 => out / err
 o8: exec >&- 2>&-; sleep 0.05 =>
 # a script that changes after the check runs as it is then, or fails alone
-w1: cd startup.d; rm w2; chmod 644 w3; echo '#!/no/such' > w4; echo exit > w5; printf '#!/bin/sh\necho new\n' > w6 =>
+w1: cd startup.d; rm w2; chmod 644 w3; echo '#!/no/such' > w4; printf '#!/bin/sh\necho new\n' > w6 =>
 w2: @want w1; echo old => failed: cannot run DIR/startup.d/w2: No such file or directory
 w3: @want w1; echo old => failed: cannot run DIR/startup.d/w3: Permission denied
 w4: @want w1; echo old => failed: cannot run DIR/startup.d/w4: the interpreter that its first line names does not exist
-w5: @want w1; echo old => failed: cannot run DIR/startup.d/w5: Exec format error
 w6: @want w1; echo old => new
 """
 
@@ -6672,9 +6420,7 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     assert read_lines(agent.directory / "logs" / "r1.log") == says["r1"]
 
 
-def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
-    world: World, gate: Gate, call: Call
-) -> None:
+def test_other_terminals_can_ask_while_it_boots(world: World, gate: Gate, call: Call) -> None:
     early = Gate(world, "early")
     files = {"10-a.sh": "cat gate", "b": "@want a", "z": "cat early &"}
     boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.CHECK_EVERY = 600")
@@ -6684,7 +6430,7 @@ def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
     until(lambda: (world.client.status("a").owner or Owner(0, "")).pid == pid, "the script as owner")
     found = re.findall(r"^(\w+) +(\w+)", call.ok(world, "list"), re.M)[1:]
     assert found == [("a", "started"), ("b", "pending"), ("z", "completed")]
-    assert f"(pid {pid})" in call.ok(world, "why", "b") and "a" in call.ok(world, "graph", "b")
+    assert f"(pid {pid})" in call.ok(world, "why", "b")
     assert world.client.graph().nodes[0].log == str(world.directory / "logs" / "a.log")
     early.open()
     until(lambda: len(boot.scripts()) == 2)  # and what z has left behind is not said to run on
@@ -6693,9 +6439,7 @@ def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
     assert not os.path.exists(world.path)
 
 
-def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_services_and_is_the_status(
-    world: World,
-) -> None:
+def test_a_boot_that_stays_serves_other_boots_until_a_signal(world: World) -> None:
     good = {"a": "echo a >> ran", "b": "@want a\necho b >> ran"}
     broken = {**good, "a": "echo a >> ran; exit 1"}
     stays = Boot(world, {**good, "c": "@ready file:up\n: > up; exec sleep 60"}, "--stay")
@@ -6703,7 +6447,6 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
     for files, code in ((good, 0), (broken, 1), (broken, 1), (good, 0)):
         Boot(world, files).ends(code)
     assert read_lines(world.directory / "ran") == ["a", "b", "a", "b", "a", "a", "a", "b"]
-    assert world.client.ping()["pid"] == stays.background()
     guest = Boot(world, {"d": ""}, "--stay")
     guest.says("staying")
     stays.signal()
@@ -6714,11 +6457,8 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
 def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, gate: Gate) -> None:
     boot = Boot(world, {"a": "cat gate", "b": "@want a"})
     gate.reached()
-    somebody = world.connect()
-    somebody.call("start", unit="c", hold=True)
     before = list(world.client.events())
-    refused = {"a b": '"[ab]" is (started|claimed)', "b x": '"b" is claimed', "c": '"c" is started'}
-    for units, why in refused.items():
+    for units, why in {"a b": '"[ab]" is (started|claimed)', "b x": '"b" is claimed'}.items():
         done = world.run("boot", startup(world, dict.fromkeys(units.split(), ""), "other.d"))
         assert (done.returncode, done.stdout) == (1, "")
         assert re.match(f"error: unit {why} by .* \\(pid \\d+\\)", done.stderr)
@@ -6731,14 +6471,15 @@ def test_the_agent_of_a_boot_lives_as_long_as_another_boot_needs_it(world: World
     early = Gate(world, "early")
     one = Boot(world, {"a": "cat early"})
     early.reached()
-    two = Boot(world, {"b": "cat gate; $SYNC status b -o json > status"})
+    two = Boot(world, {"b": "cat gate; $SYNC status b"})
     gate.reached()
     early.open()
-    one.ends(0, leaves=True)
+    one.ends(leaves=True)
     gate.open()
-    two.ends(0)
-    until(lambda: one.left() == [] and not os.path.exists(world.path))
-    assert json.loads((world.directory / "status").read_text())["status"] == "started"
+    two.ends()
+    assert "Status: started" in two.said()["b"]
+    one.gone()
+    assert not os.path.exists(world.path)
 
 
 def test_a_boot_at_an_agent_that_ends_before_it_answers_is_the_agent_itself(world: World, gate: Gate) -> None:
@@ -6749,28 +6490,19 @@ def test_a_boot_at_an_agent_that_ends_before_it_answers_is_the_agent_itself(worl
     time.sleep(0.3)  # it asks again and again
     assert two.process.poll() is None
     gate.open()
-    one.ends(0, "a | a\n", "1 completed")
-    two.ends(0, "a | a\n", "1 completed")
-    with socket.socket(socket.AF_UNIX) as listener:  # or hangs up without a word
-        listener.bind(world.path)
-        listener.listen()
-        three = Boot(world, {"a": "echo a"})
-        asked, _ = listener.accept()
-        assert b'"boot"' in asked.recv(65536)
-    asked.close()
-    three.ends(0, "a | a\n")
+    one.ends(0, "a | a\n")
+    two.ends(0, "a | a\n")
 
 
-@needs_proc
 def test_what_goes_on_behind_its_unit_is_heard_and_looked_after_until_it_ends(world: World) -> None:
     early, more, last, daemon = (Gate(world, name) for name in ("early", "more", "last", "daemon"))
     text = "$SYNC complete a -q; cat early; echo a; cat more; echo $CODER_SYNC_UNIT says more; printf end"
     files = {"a": text, "b": "(cat daemon; echo from the daemon; printf 'its end') &\necho script", "d": "cat last"}
+    files["c"] = "@want a b\necho c"
     with open(world.directory / "out", "wb") as out:
-        boot = Boot(world, {**files, "c": "@want a b\necho c"}, "--log-dir", "logs", stdout=out)
+        boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.CHECK_EVERY = 0.1", stdout=out)
     early.reached(), daemon.reached(), last.reached()
     until(lambda: "c | c" in read_lines(world.directory / "out"))
-    assert world.status("a") == "completed"
     until(lambda: world.client.graph().nodes[0].running_on, "a service that is known to run on")
     early.open()
     until(lambda: "a | a" in read_lines(world.directory / "out"))
@@ -6778,7 +6510,7 @@ def test_what_goes_on_behind_its_unit_is_heard_and_looked_after_until_it_ends(wo
     boot.ends(0, None, "\nstill running: a, b\n", leaves=True)
     assert world.status("a") == "completed"
     more.open(), daemon.open()
-    until(lambda: boot.left() == [] and not os.path.exists(world.path))
+    boot.gone()
     boot.out = (world.directory / "out").read_text()
     said = {"a": ["a", "a says more", "end"], "b": ["script", "from the daemon", "its end"], "c": ["c"]}
     assert boot.said() == said
@@ -6793,7 +6525,7 @@ def test_a_script_may_tell_its_outcome_and_tidy_up_and_need_not_start_its_unit(w
     told.open()
     gate.open()
     boot.ends(1, leaves=True)
-    until(lambda: boot.left() == [])
+    boot.gone()
     hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
     assert boot.said() == {"a": [f'error: unit "a" was started by boot; {hint}'] * 2, "c": ["tidied"]}
     assert boot.unsuccessful() == {"c": "failed: no disk", "d": 'skipped: dependency "c" failed (no disk)'}
@@ -6844,26 +6576,22 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
 
 def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_known() -> None:
     assert coder_sync.address_of("65535") == ("", 65535)
-    for text, host in (
-        ("db", "db"),
-        ("d\u00e4.b.", "d\u00e4.b."),
-        ("[::1]", "::1"),
-        ("[fe80::1%eth0]", "fe80::1%eth0"),
-    ):
+    for text, host in (("d\u00e4.b.", "d\u00e4.b."), ("[fe80::1%eth0]", "fe80::1%eth0")):
         assert coder_sync.address_of(f"{text}:1") == coder_sync.address_of(f"{text}:1", 80) == (host, 1)
         assert coder_sync.address_of(text, 80) == (host, 80)
     assert coder_sync.Probe("tcp://db:5432/").address == coder_sync.Probe("tcp:db:5432").address
-    odd = ["", ":", "http", "0", "65536", "-1", "1" * 5000, "\u0661", "a b:1", "[a]b:1", "[a:1"]
-    for text in (*odd, "\0:1", "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1"):
+    odd = ["", ":", "http", "0", "65536", "-1", "1" * 5000, "\u0661", "a b:1", "[a]b:1", "[a:1", "a@b:1", "\x1b[31m:1"]
+    for text in odd:
         with pytest.raises(UsageError, match="is no address") as caught:
             coder_sync.address_of(text)
         assert str(caught.value).isprintable() and len(str(caught.value)) < 150
-    try:
-        server = socket.create_server(("::1", 0), family=socket.AF_INET6)
-    except OSError:
-        return  # no such protocol here
-    with server:
-        coder_sync.connect(coder_sync.Probe(f"tcp:{server.getsockname()[1]}")).close()
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no such protocol here")
+def test_a_port_without_a_host_is_one_of_this_machine_by_either_protocol() -> None:
+    for host, family in (("::1", socket.AF_INET6), ("127.0.0.1", socket.AF_INET)):
+        with socket.create_server((host, 0), family=family) as server:
+            coder_sync.connect(coder_sync.Probe(f"tcp:{server.getsockname()[1]}")).close()
 
 
 WEB = "http://127.0.0.1:{}"
@@ -6922,14 +6650,6 @@ def test_the_user_and_password_of_an_address_are_sent_and_never_shown(agent: Wor
     assert "cret" not in said and "not ready after 500ms: http://***@127.0.0.1:" in said, said
 
 
-def test_a_try_of_a_command_takes_its_time_and_ends_with_all_that_it_started(world: World) -> None:
-    patch = "coder_sync.TRY_TIMEOUT = 0.01"
-    probe = "sleep 60 & echo $! >> left; sleep 0.2; test -e up || { : > up; exit 1; }"
-    assert finish(world.spawn(altered(patch, "wait", "--ready", probe))).returncode == 0
-    left = read_lines(world.directory / "left")
-    until(lambda: len(left) == 2 and not any(alive(int(pid)) for pid in left))
-
-
 @needs_proc
 def test_a_try_that_hangs_ends_with_all_that_it_started(world: World) -> None:
     probe = "timeout 60 sleep 60 & a=$!; setsid sleep 60 & echo $a $! $$ > pids; sleep 60"
@@ -6939,39 +6659,22 @@ def test_a_try_that_hangs_ends_with_all_that_it_started(world: World) -> None:
     until(lambda: not any(alive(int(pid)) for pid in pids))
 
 
-def checked(world: World, probe: str) -> coder_sync.Prober:
-    """A probe that was tried once, as before its command."""
-    prober = coder_sync.Prober(probe, coder_sync.environment(), once=True)
-    assert select.select([prober], [], [], PATIENCE)[0]
-    prober.close()
-    return prober
-
-
 @needs_proc
-def test_what_answers_before_its_command_is_run_is_named(world: World) -> None:
+def test_a_unit_whose_probe_succeeds_already_fails_before_its_command_is_run(world: World, shared: World) -> None:
     code = "import os, socket; s = [socket.create_server(('127.0.0.1', 0)), socket.socket(socket.AF_UNIX)]"
     code += "; s[1].bind('up.sock'); s[1].listen(); os.write(1, b'%d\\n' % s[0].getsockname()[1])\n"
     code += "while 1:\n c = s[0].accept()[0]; c.send(b'HTTP/1.0 200 x\\r\\n')"
     server = world.spawn([*PYTHON, code])
     port = int(line_of(server.stdout))
-    name = Path(f"/proc/{server.pid}/comm").read_text().strip()
-    for probe in (f"tcp:{port}", f"tcp://localhost:{port}/", f"unix:{world.directory}/up.sock", WEB.format(port)):
-        found = checked(world, probe)
-        assert found.ready() and found.listener_text() == f" (pid {server.pid}, {name})", probe
-    stopped(server)
-    for probe in (f"tcp:{port}", f"unix:{world.directory}/up.sock", WEB.format(port)):
-        assert not checked(world, probe).ready(), probe
-
-
-def test_a_unit_whose_probe_succeeds_already_fails_before_its_command_is_run(world: World, shared: World) -> None:
-    name = f"old-{next(COUNT)}"
-    with socket.create_server(("127.0.0.1", 0)) as old:
-        probe = f"tcp:{old.getsockname()[1]}"
-        why = f"{probe} answers already, before the command was run: end what listens there (pid {os.getpid()}, "
-        boot = Boot(world, {"a": f"@ready {probe}\ntouch ran", "b": "@want a\ntouch ran"})
-        boot.ends(1, "", f"failed: a ({why}", "skipped: b")
-        done = shared.run("run", name, "--ready", probe, "--", "touch", str(world.directory / "ran"))
-    assert done.returncode == 125 and done.stderr.startswith(f"error: {name}: {why}"), done
+    who = f"end what listens there (pid {server.pid}, {Path(f'/proc/{server.pid}/comm').read_text().strip()}) first"
+    probes = {"tcp": f"tcp:{port}", "host": f"tcp://localhost:{port}/", "unix": "unix:up.sock", "web": WEB.format(port)}
+    files = {name: f"@ready {probe}\ntouch ran" for name, probe in probes.items()}
+    boot = Boot(world, {**files, "z": "@want tcp\ntouch ran"})
+    whys = {name: f"{probe} answers already, before the command was run: {who}" for name, probe in probes.items()}
+    boot.ends(1, "", "skipped: z", *(f"failed: {name} ({why}); " for name, why in whys.items()))
+    unit = f"old-{next(COUNT)}"
+    done = shared.run("run", unit, "--ready", probes["tcp"], "--", "touch", str(world.directory / "ran"))
+    assert (done.returncode, done.stderr) == (125, f"error: {unit}: {whys['tcp']}\n")
     assert not (world.directory / "ran").exists()
 
 
@@ -6989,13 +6692,9 @@ def test_what_was_there_before_the_command_is_no_sign_that_it_is_ready(world: Wo
     for name in ("up", "old"):
         (world.directory / name).touch()
     Gate(world, "end"), Gate(world, "end2")
-    files = {
-        "a": "@ready file:up\nsleep 0.2; echo > up; cat end",
-        "b": "@ready true\ncat end",
-        "c": "@want a b\n: > end",
-    }
-    files.update(d="@ready test -e up && sleep 0.2\n@want a\ncat end2", e="@want c d\n: > end2")
-    files.update(f="@ready file:old\n@ready-timeout 200ms\nsleep 60")
+    files = {"a": "@ready file:up\nsleep 0.2; echo > up; cat end", "b": "@ready true\ncat end"}
+    files.update(c="@want a b\n: > end", d="@ready test -e up && sleep 0.2\n@want a\ncat end2")
+    files.update(e="@want c d\n: > end2", f="@ready file:old\n@ready-timeout 200ms\nsleep 60")
     slow = "coder_sync.CHECK_TIMEOUT = 0.1"  # a probe that hangs is no reason to wait
     told = Boot(world, files, patch=slow).ends(1, "", "boot: 5 completed, 1 failed", leaves=True)
     assert "f (not ready after 200ms: file:old (it is as it was before the command was run)" in told
@@ -7003,41 +6702,30 @@ def test_what_was_there_before_the_command_is_no_sign_that_it_is_ready(world: Wo
     assert told.count("warning: ") == 1, told
 
 
-@needs_proc
-def test_nothing_is_probed_any_more_once_a_service_is_ready(shared: World) -> None:
-    name = f"up-{next(COUNT)}"
-    run = shared.popen("run", name, "--ready", f"test -e {name}", "--", "sh", "-c", f": > {name}; exec sleep 60")
-    until(lambda: shared.client.list() and shared.status(name) == "completed")
-    until(lambda: len(os.listdir(f"/proc/{run.pid}/task")) == 1, "no thread that probes")
-
-
-def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(
-    agent: World, call: Call
-) -> None:
-    up = agent.directory / "up"
-    Boot(agent, {"cache": "@ready file:up\nsleep 60"})
-    agent.popen("run", "db", "--ready", f"file:{up}", "--", "sleep", "60")
-    for name, probe in (("cache", "file:up"), ("db", f"file:{up}")):
+def test_who_waits_for_a_service_is_told_what_it_lacks(agent: World, call: Call) -> None:
+    code = agent.directory / "code"
+    code.write_text("exit 3")
+    often = "coder_sync.ERROR_EVERY = 0.1"
+    Boot(agent, {"cache": f"@ready . {code}\nsleep 60"}, patch=often)
+    run = agent.spawn(altered(often, "run", "db", "--ready", f". {code}", "--", "sleep", "60"))
+    for name in ("cache", "db"):
         reason = until(lambda: agent.client.status(name).reason, name)  # noqa: B023
-        assert reason == f"not ready yet: {probe}"
+        assert reason == f"not ready yet: . {code}"
         peer = agent.connect()
         peer.request("start", unit=f"after {name}", dependencies=[name], progress=True)
         (row,) = peer.read()["params"]["missing"]
-        assert f"{name} started " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
-        assert f" ago ({reason}) by " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
-        until(lambda: re.search(rf"; it is probing {probe} for \S+ \(no such file\)", call.ok(agent, "why", name)))  # noqa: B023
-    up.touch()
+        text = coder_sync.dependency_text(coder_sync.record(Dependency, row))
+        assert f"{name} started " in text and f" ago ({reason}) by " in text
+        until(lambda: agent.client.status(name).probe_error == "exit code 3")  # noqa: B023
+    code.write_text("exit 4")
+    until(
+        lambda: f"it is probing . {code} for " in (told := call.ok(agent, "why")) and told.count("(exit code 4)") == 2
+    )
+    code.write_text("exit 0")
     until(lambda: agent.status("cache") == agent.status("db") == "completed")
     assert [unit.reason for unit in agent.client.list()] == ["", "", "", ""]
-
-
-def test_the_agent_knows_what_a_probe_lacks_now(agent: World) -> None:
-    code = agent.directory / "code"
-    for n in (3, 4):
-        code.write_text(f"exit {n}")
-        if n == 3:
-            agent.popen("run", "a", "--ready", f". {code}", "--", "sleep", "60")
-        until(lambda: f"exit code {n}" in agent.client.status("a").probe_error)  # noqa: B023
+    if PROC:
+        until(lambda: len(os.listdir(f"/proc/{run.pid}/task")) == 1, "no thread that probes")
 
 
 # Says each of its words, then what systemd-notify(1) does: fails unless the descriptor that it sends is taken.
@@ -7069,30 +6757,16 @@ def test_what_a_service_says_is_taken_until_it_has_ended_also_from_another_user(
     boot.ends(0, "b | all\n", leaves=True)
 
 
-@needs_proc
-def test_a_service_that_speaks_without_end_costs_nothing(shared: World) -> None:
-    says = "import os, socket; s = socket.socket(1, 2); s.connect(os.environ['NOTIFY_SOCKET']); s.send(b'READY=1')"
-    command = [*PYTHON, says + "\nwhile True: s.send(b'x' * 1000)"]
-    began, name = time.monotonic(), f"loud-{next(COUNT)}"
-    run = shared.popen("run", name, "--ready", "notify", "--", *command)
-    until(lambda: shared.client.graph().nodes and shared.status(name) == "completed")
-    time.sleep(1)
-    used = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    assert sum(map(int, used)) / os.sysconf("SC_CLK_TCK") < 0.4 * (time.monotonic() - began)
-    assert stopped(run).returncode == 143
-
-
-@pytest.mark.parametrize("kind", ["fifo", "directory", "socket"])
-def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: World, kind: str) -> None:
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
+def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: World, make: Any) -> None:
     name = str(agent.directory / "it.svg")
-    with socket.socket(socket.AF_UNIX) as listener:
-        {"fifo": os.mkfifo, "directory": os.mkdir, "socket": listener.bind}[kind](name)
-        scripts = startup(agent, {"a": ""})
-        calls = [["timeline", "--compare", name], ["boot", scripts, "-q", "--timeline", name], ["boot", name]]
-        calls += [["serve", option, name, "--socket-path", "other"] for option in ("--pid-file", "--log-file")]
-        for words in calls:
-            said = agent.run(*words).stderr
-            assert said.count(name) == 1 and len(said.splitlines()) <= 2 and "internal" not in said, (words, said)
+    make(name)
+    scripts = startup(agent, {"a": ""})
+    calls = [["timeline", "--compare", name], ["boot", scripts, "-q", "--timeline", name], ["boot", name]]
+    calls += [["serve", option, name, "--socket-path", "other"] for option in ("--pid-file", "--log-file")]
+    for words in calls:
+        said = agent.run(*words).stderr
+        assert said.count(name) == 1 and len(said.splitlines()) <= 2 and "internal" not in said, (words, said)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7101,9 +6775,7 @@ def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: Wo
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_no_more_than_so_many_jobs_run_at_once_and_what_ends_from_outside_takes_no_place(
-    world: World, gate: Gate, jobs: int
-) -> None:
+def test_no_more_than_so_many_jobs_run_at_once(world: World, gate: Gate, jobs: int) -> None:
     files = {f"x{i}": "sleep 0.02" if i < 6 else "@want x1 x2\nsleep 0.02" for i in range(9)}
     boot = Boot(world, {"a": "cat gate", **files}, "--jobs", f"{jobs}", "--timeline", "t.json")
     gate.reached()
@@ -7131,7 +6803,7 @@ def test_fail_fast_stops_what_runs_at_the_first_failure_or_death(world: World, g
     assert boot.unsuccessful()["b"].endswith("stopped: another unit ended")
 
 
-def test_the_summary_shows_the_last_ten_lines_of_what_failed_and_a_reason_if_there_is_one(world: World) -> None:
+def test_the_summary_shows_the_last_ten_lines_of_what_failed(world: World) -> None:
     files = {"a": "seq 1 30; printf 'the end' >&2; exit 2", "b": "$SYNC fail b -q"}
     boot = Boot(world, files, "--quiet", "--timeline", "t.svg")
     shown = "".join(f"    | {line}\n" for line in (*range(22, 31), "the end"))
@@ -7140,16 +6812,13 @@ def test_the_summary_shows_the_last_ten_lines_of_what_failed_and_a_reason_if_the
     assert (world.directory / "t.svg").read_text().startswith("<svg")
 
 
-@needs_proc
-def test_a_quiet_boot_that_succeeds_says_nothing_and_leaves_no_output_open_behind_a_daemon(world: World) -> None:
+def test_a_quiet_boot_that_succeeds_says_nothing(world: World) -> None:
     files, quick = {"a": "echo a; sleep 0.1", "b": "sleep 60 &"}, "coder_sync.REPORT_EVERY = 0.01"
     (world.directory / "logs").mkdir()
     (world.directory / "logs" / "a.log").write_text("of an earlier boot\n")
     boot = Boot(world, files, "--quiet", "--log-dir", "logs", patch=quick)
     assert boot.ends(0, "", leaves=True) == ""  # which reads to the end of file
     assert (world.directory / "logs" / "a.log").read_text() == "a\n"
-    for pid in boot.left():
-        os.kill(pid, signal.SIGKILL)
 
 
 def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, gate: Gate) -> None:
@@ -7177,15 +6846,6 @@ def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, ga
 # ---------------------------------------------------------------------------------------------------------
 
 STUBBORN = "trap '' TERM INT; echo on; cat gate; while :; do sleep 60; done"
-SPY = """
-signal_to = coder_sync.signal_to
-def spy(pid, *numbers):
-    if numbers[0] != 0:
-        with open("signals", "a") as file:
-            print(pid, numbers[0], file=file)
-    return numbers[0] == {deaf} or signal_to(pid, *numbers)
-coder_sync.signal_to = spy
-"""  # writes down what is sent, and does not send what a process is to be deaf for
 
 
 @needs_proc
@@ -7238,31 +6898,26 @@ def test_what_ignores_the_signal_is_killed_after_the_grace_or_at_a_second_one(wo
     assert grace == "10m" or time.monotonic() - began >= 0.2
 
 
-@needs_proc
 def test_term_is_sent_once_and_what_kill_does_not_end_is_named(world: World, gate: Gate) -> None:
+    spy = """
+coder_sync.LAST_WAIT, signal_to = 0.5, coder_sync.signal_to
+def spy(pid, *numbers):
+    if numbers[0] != 0:
+        with open("signals", "a") as file:
+            print(pid, numbers[0], file=file)
+    return numbers[0] == 9 or signal_to(pid, *numbers)  # no KILL arrives
+coder_sync.signal_to = spy
+"""
     files = {"left": "(trap '' TERM; : > up; cat end) & while ! test -e up; do :; done; exit 3"}
     files.update(deaf="@timeout 50ms\ntrap '' TERM; exec cat gate", obeys="@timeout 50ms\nsleep 60 & sleep 60")
     end = Gate(world, "end")
-    patch = f"coder_sync.LAST_WAIT = 0.5{SPY.format(deaf=9)}"
-    told = Boot(world, files, "--grace", "100ms", patch=patch).ends(1, "", leaves=True)
+    told = Boot(world, files, "--grace", "100ms", patch=spy).ends(1, "", leaves=True)
     gate.open(), end.open()
     lines = read_lines(world.directory / "signals")
     pids = re.findall(r"(?:exit code 3|timed out after 50ms); cannot be killed: (\d+) \(", told)
     assert len(pids) == 2 and all(lines.count(f"{pid} 15") == 1 and f"{pid} 9" in lines for pid in pids), told
     others = {line.split()[0].lstrip("-") for line in lines} - {*pids}
     assert all(f"{pid} 9" not in lines for pid in others), "what has obeyed is left alone"
-
-
-def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World, gate: Gate) -> None:
-    text = "@timeout 100ms\n(trap '' TERM; cat gate) & cat gate"
-    boot = Boot(world, {"a": text}, "--grace", "300ms", patch=SPY.format(deaf=None))
-    gate.reached()
-    until((world.directory / "signals").exists)
-    background = boot.background()
-    os.kill(background, signal.SIGSTOP)
-    time.sleep(1.5)
-    os.kill(background, signal.SIGCONT)
-    boot.ends(1)
 
 
 def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: Gate) -> None:
@@ -7306,7 +6961,7 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
 
 @needs_proc
 def test_a_terminal_that_takes_no_more_holds_up_neither_scripts_nor_a_signal(world: World, gate: Gate) -> None:
-    boot, master = boot_on_terminal(world, {"a": "yes | head -c 100000", "b": "@want a\ncat gate"})
+    boot, master = boot_on_terminal(world, {"a": "yes | head -c 100000", "b": "@want a\ncat gate"}, patch=HURRY)
     gate.reached()
     boot.signal()
     assert boot.process.wait(PATIENCE) == 143
@@ -7323,7 +6978,7 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
 
 
-def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit_and_red_is_left_to_failures() -> None:
+def test_the_prefix_is_as_wide_as_the_longest_name_and_never_red() -> None:
     for names, width in ((["a"], 1), (["a", "abc"], 3), (["a", *(f"{i}" + "n" * 60 for i in range(50))], 24)):
         out = coder_sync.Output(names, quiet=False)
         for name in names:
@@ -7364,9 +7019,9 @@ def test_no_process_of_a_failed_script_outlives_it_whatever_its_group_or_session
 
 
 @needs_proc
-@pytest.mark.parametrize("escape", ["child", "timeout", "forks", "failed"])
+@pytest.mark.parametrize("escape", ["timeout", "failed"])
 def test_a_try_of_a_run_leaves_nothing_to_the_next(agent: World, escape: str) -> None:
-    script = ESCAPES.get(escape, "sleep 7; true")
+    script = ESCAPES[escape]
     mark = f"RUN={os.urandom(8).hex()}"
     count = f"for p in $(grep -lszxF {mark} /proc/[0-9]*/environ); do cat ${{p%environ}}comm; done | grep -c sleep"
     late = ["--ready", "notify", "--ready-timeout", "600ms", "--retry", "1", "--retry-delay", "0"]
@@ -7413,8 +7068,8 @@ def test_the_first_process_is_told_to_end_and_when_it_has_the_others(world: Worl
 
 def test_the_others_are_told_to_end_after_half_of_the_time_too(world: World) -> None:
     worker = "sh -c \"trap 'echo worker ends; exit' TERM; sleep 60 & wait; sleep 1\" &"
-    script = f"@timeout 1s\nexec 2> err\n{worker} trap 'echo told' TERM; while :; do sleep 0.1; done"
-    Boot(world, {"a": script}, "--grace", "3s").ends(1, "a | told\na | worker ends\n")
+    script = f"@timeout 300ms\nexec 2> err\n{worker} trap 'echo told' TERM; while :; do sleep 0.05; done"
+    Boot(world, {"a": script}, "--grace", "1s").ends(1, "a | told\na | worker ends\n")
 
 
 @needs_proc
@@ -7497,67 +7152,45 @@ def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) 
     files = {f"{i}": f'@unit {shlex.quote(unit)}\necho {i} "$0"' for i, unit in enumerate(units)}
     path = startup(world, files, "my 'dir' $HOME")
     out = world.ok("boot", path, "--log-dir", "the logs'", encoding="utf-8")
-    assert sorted(line.split(" | ")[1] for line in out.splitlines()) == [f"{i} {path}/{i}" for i in range(4)]
+    texts = [f"{i} {path}/{i}" for i in range(4)]
+    assert sorted(line.split(" | ")[1] for line in out.splitlines()) == texts
     assert 'it\'s a "b" $(x)' in out and "x/y z  " in out
-    logs = (world.directory / "the logs'").iterdir()
-    assert sorted(log.read_text() for log in logs) == [f"{i} {path}/{i}\n" for i in range(4)]
+    assert sorted(log.read_text() for log in (world.directory / "the logs'").iterdir()) == [f"{t}\n" for t in texts]
 
 
 def test_much_output_hurts_neither_the_memory_nor_the_others(world: World) -> None:
     many = f"#!{sys.executable} -IS\nfor _ in range(500): print(('x' * 999 + chr(10)) * 100, end='')"
     files = {"many": many, "long": "@want many\nhead -c 30000000 /dev/zero | tr '\\000' x", "b": "echo still here"}
-    files.update(binary="@want long\nhead -c 3000000 /dev/urandom")
     with open(world.directory / "out", "wb") as out:
         boot = Boot(world, files, "--stay", stdout=out)
     boot.says("staying")
-    peak = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{boot.background()}/status").read_text())
-    assert peak and int(peak.group(1)) < 40 * 1024
+    assert int(coder_sync.proc_line(boot.background(), "VmHWM:").split()[0]) < 40 * 1024
     boot.signal()
     boot.ends(143)
     seen = (world.directory / "out").read_bytes()
-    assert seen.count(b"many   | " + b"x" * 999 + b"\n") == 50000
-    assert b"b      | still here\n" in seen and len(seen) > 83e6 and max(map(len, seen.split(b"\n"))) < 80_000
+    assert seen.count(b"many | " + b"x" * 999 + b"\n") == 50000
+    assert b"b    | still here\n" in seen and len(seen) > 80e6 and max(map(len, seen.split(b"\n"))) < 80_000
 
 
 def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(world: World) -> None:
     boot = Boot(world, {"a": "seq 1 100000", "b": "@want a\ntouch ran"})
     boot.prints("a | 1")
-    assert boot.process.stdout
-    boot.process.stdout.close()
+    boot.process.stdout.close()  # type: ignore[union-attr]
     assert boot.process.wait(PATIENCE) == 0 and (world.directory / "ran").exists()
     Boot(world, {"a": "echo a; touch ran-again"}, under=["sh", "-c", 'exec "$@" >&-', "-"]).ends(0, "")
     assert (world.directory / "ran-again").exists()
 
 
 @needs_proc
-def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
-    sooner = "was = coder_sync.Output.write\n"
-    sooner += "coder_sync.Output.write = lambda *args, timeout=0.0: was(*args, timeout / 5)"
+def test_a_reader_that_stops_holds_up_scripts_but_no_signal(world: World) -> None:
     files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
-    boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
-    stdout: Any = boot.process.stdout
-
-    def stands_still() -> str:
-        io = Path(f"/proc/{(world.directory / 'pid').read_text().strip()}/io")
-        before = io.read_text()
-        assert world.status("a") == "started"  # the agent answers all the while
-        time.sleep(0.02)
-        return before if before == io.read_text() else ""
-
-    until(lambda: struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000, "a full pipe")
-    found = re.search(r"wchar: (\d+)", until(stands_still, "a script that has to wait for the reader"))
-    assert found and int(found.group(1)) < 2e6
+    boot = Boot(world, files, patch=HURRY, stderr=subprocess.STDOUT)
+    pid = int(until(lambda: read_lines(world.directory / "pid"))[0])
+    at_rest(pid)
+    assert int(re.findall(r"wchar: (\d+)", Path(f"/proc/{pid}/io").read_text())[0]) < 2e6
+    assert world.status("a") == "started"  # the agent answers all the while
     boot.signal()
     assert boot.process.wait(PATIENCE) == 143 and boot.left() == []
-
-
-def test_a_reader_that_takes_its_time_gets_everything(world: World) -> None:
-    boot = Boot(world, {"a": "seq 1 30000"}, "--stay")
-    world.client.ping(wait=PATIENCE)
-    until(lambda: world.status("a") == "completed")
-    assert boot.process.stdout
-    lines = [boot.process.stdout.readline() for _ in range(30000)]
-    assert lines[-1] == "a | 30000\n"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7565,7 +7198,7 @@ def test_a_reader_that_takes_its_time_gets_everything(world: World) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_becomes_the_command_in_the_same_process_without_an_agent_and_with_the_usual_signals(world: World) -> None:
+def test_it_becomes_the_command_as_if_there_had_been_no_boot(world: World) -> None:
     script = 'echo $$ "$@"; test -e $CODER_AGENT_SOCKET_PATH && echo agent; ls /proc/self/fd | xargs; '
     script += "grep -E 'SigBlk|SigIgn' /proc/self/status; exit 7"
     boot = Boot(world, {"a": "echo a"}, "-q", "--", "sh", "-c", script, "sh", "--x", "")
@@ -7589,70 +7222,53 @@ def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World
         boot.ends(128 + number, "")
 
 
-LATE = """
-import os
-original = {name}
-def late(*args):
-    result = original(*args)
-    os.kill(os.getpid(), 15)
-    return result
-{name} = late
-"""  # TERM comes as a function returns
-
-
 @pytest.mark.parametrize("hosted", [True, False])
 def test_a_signal_is_not_lost_before_the_boot_or_the_command_has_begun(world: World, hosted: bool) -> None:
     if not hosted:
         world.serve()
-    moments = "in_background Boot.finish remove_directory boot_at timeline_as Front.background_ended"
-    for name in moments.split():
-        patch = LATE.format(name=f"coder_sync.{name}")
+    late = "import os\ndef late(*args, was=coder_sync.{0}):\n    return was(*args), os.kill(os.getpid(), 15)"
+    for name in (
+        "in_background",
+        "Boot.finish",
+        "remove_directory",
+        "boot_at",
+        "timeline_as",
+        "Front.background_ended",
+    ):
+        patch = f"{late.format(name)}\ncoder_sync.{name} = lambda *args: late(*args)[0]"
         Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
-
-
-@functools.lru_cache(maxsize=None)
-def has_namespaces() -> bool:
-    return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
-
-
-def as_process_one(world: World, files: Mapping[str, str], *words: str, patch: str = "") -> Boot:
-    if not has_namespaces():
-        pytest.skip("no process namespaces here")
-    return Boot(world, files, *words, patch=patch, under=UNSHARE)
 
 
 def test_a_failed_boot_becomes_the_command_only_if_always_and_says_so(world: World) -> None:
     told = "boot: echo is not run, since not all went well; --always would\n"
     Boot(world, {**STACK, "a": "@want web\nexit 3"}, "--", "echo", "ran").ends(1, "", told)
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+    assert ended(world) == ["web", "api", "db"]
     Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "ran").ends(0, "ran\n")
     Boot(world, {"a": ""}, "--stay", "--", "echo", "ran").ends(2, "", "--stay and -- COMMAND exclude each other")
     Boot(world, {"a": ""}, "-q", "--", "nosuchcommand").ends(127, None, "cannot run nosuchcommand: ")
 
 
+@NAMESPACES
 def test_as_process_1_it_reaps_orphans_and_becomes_the_command(world: World) -> None:
     orphan = "(setsid sh -c 'echo $$ > orphan' &)\nwhile ! test -s orphan; do :; done\n"
     orphan += "while kill -0 $(cat orphan) 2>/dev/null; do sleep 0.01; done; echo gone"
-    boot = as_process_one(world, {"a": orphan}, "--", "sh", "-c", "echo $$; grep -l '^State:.Z' /proc/[0-9]*/status")
+    command = ["sh", "-c", "echo $$; grep -l '^State:.Z' /proc/[0-9]*/status"]
+    boot = Boot(world, {"a": orphan}, "--", *command, under=UNSHARE)
     assert finish(boot.process).stdout == "a | gone\n1\n"
 
 
+@NAMESPACES
 @pytest.mark.parametrize(
     "words", [[], ["--stay"], ["--", "sh", "-c", "trap 'exit 143' TERM; while :; do sleep 0.01; done"]]
 )
 def test_as_process_1_it_ends_services_in_order(world: World, words: list[str]) -> None:
-    outer = as_process_one(world, STACK, *words)
+    outer = Boot(world, STACK, *words, under=UNSHARE)
     until(lambda: len(read_lines(world.directory / "db.pid")) and world.status("web") == "completed")
     until(lambda: len(outer.left()) > 8 or "--" not in words)
     pid = outer.process.pid
     os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text()), signal.SIGTERM)
     outer.ends(143)
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
-
-
-def test_as_process_1_it_loses_no_signal_before_the_command(world: World) -> None:
-    late = LATE.format(name="coder_sync.boot_at")
-    as_process_one(world, {"a": ""}, "--", "echo", "hello", patch=late).ends(143, "")
+    assert ended(world) == ["web", "api", "db"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7675,24 +7291,28 @@ def pid_of(world: World, name: str) -> int:
     return int((world.directory / f"{name}.pid").read_text())
 
 
-def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(world: World, call: Call) -> None:
-    boot, master = boot_on_terminal(
-        world, {**STACK, "web": service("web", "api", more="while sleep 0.01; do echo x; done")}
-    )
+def ended(world: World) -> list[str]:
+    """The services that were told to end, and have, in order."""
+    return read_lines(world.directory / "ends")
+
+
+def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(world: World) -> None:
+    speaks = service("web", "api", more="while sleep 0.01; do echo x; done")
+    boot, master = boot_on_terminal(world, {**STACK, "web": speaks})
     assert boot.process.wait(PATIENCE) == 0
     os.close(master)
     time.sleep(0.1)  # for some lines that find no terminal
     lasting = [boot.background(), *(pid_of(world, name) for name in STACK)]
     assert {coder_sync.stat_of(pid)[4] for pid in lasting} == {"0"}, "none has a terminal"
-    assert "db  completed" in re.sub(" +", "  ", call.ok(world, "list"))
-    call.ok(world, "shutdown")
-    until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+    world.client.shutdown()
+    boot.gone()
+    assert ended(world) == ["web", "api", "db"]
 
 
-@needs_proc
-@pytest.mark.parametrize("how", ["terminal", "process"])
-def test_the_end_of_its_terminal_or_process_while_it_boots_ends_everything(world: World, gate: Gate, how: str) -> None:
+@pytest.mark.parametrize(("how", "code"), [("terminal", 129), ("process", -9)])
+def test_the_end_of_its_terminal_or_process_while_it_boots_ends_everything(
+    world: World, gate: Gate, how: str, code: int
+) -> None:
     boot, master = boot_on_terminal(world, {"db": service("db"), "a": "@want db\ncat gate; echo a > ran"})
     gate.reached()
     if how == "terminal":
@@ -7700,12 +7320,11 @@ def test_the_end_of_its_terminal_or_process_while_it_boots_ends_everything(world
     else:
         boot.process.kill()
         shown_on(master, b"stopped: the process of boot has ended")
-    assert boot.process.wait(PATIENCE) == (-9 if how == "process" else 129)
-    until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["db"] and not (world.directory / "ran").exists()
+    assert boot.process.wait(PATIENCE) == code
+    boot.gone()
+    assert ended(world) == ["db"] and not (world.directory / "ran").exists()
 
 
-@needs_proc
 @pytest.mark.parametrize("options", [[], ["--log-dir", "logs"]], ids=["plain", "with-logs"])
 def test_what_reads_the_output_of_a_boot_finds_its_end_when_it_returns(world: World, options: list[str]) -> None:
     more = "while ! test -e go; do sleep 0.01; done; seq 1 100000; : > said"
@@ -7715,59 +7334,49 @@ def test_what_reads_the_output_of_a_boot_finds_its_end_when_it_returns(world: Wo
     (world.directory / "go").touch()
     until((world.directory / "said").exists)
     assert not options or until(lambda: (world.directory / "logs" / "db.log").read_text().endswith("\n100000\n"))
-    world.client.shutdown()
-    until(lambda: boot.left() == [])
 
 
 def test_a_boot_that_has_returned_holds_nothing_of_its_caller(world: World) -> None:
     lock = os.open(world.directory / "lock", os.O_CREAT)
     os.set_inheritable(lock, True)
     boot = Boot(world, {"db": service("db")}, "-q", pass_fds=[lock], stdin=subprocess.PIPE)
-    boot.ends(0, "", leaves=True)
-    background = boot.background()
-    until(lambda: {os.readlink(f"/proc/{background}/fd/{fd}") for fd in range(3)} == {"/dev/null"})
-    assert os.readlink(f"/proc/{background}/cwd") == "/"
-    held = [os.readlink(file) for file in Path(f"/proc/{background}/fd").iterdir()]
-    assert str(world.directory / "lock") not in held
     os.close(lock)
-    os.kill(background, signal.SIGTERM)
-    until(lambda: boot.left() == [])
+    boot.ends(0, "", leaves=True)
+    held = Path(f"/proc/{boot.background()}")
+    until(lambda: {os.readlink(held / "fd" / fd) for fd in "012"} == {"/dev/null"})
+    assert os.readlink(held / "cwd") == "/"
+    assert str(world.directory / "lock") not in [os.readlink(file) for file in (held / "fd").iterdir()]
 
 
-@pytest.mark.parametrize("over", [False, True])
-def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World, gate: Gate, over: bool) -> None:
+def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World, gate: Gate) -> None:
     temporary = agent.env["TMPDIR"] = tempfile.mkdtemp(dir=agent.directory)
-    boot = Boot(agent, {"db": service("db"), **({} if over else {"a": "@want db\ncat gate", "b": "@want a"})}, "--stay")
-    boot.says("staying") if over else gate.reached()
-    until(lambda: over or "startup.d/a" in str(agent.client.status("a").owner))
+    boot = Boot(agent, {"db": service("db"), "a": "@want db\ncat gate", "b": "@want a"})
+    gate.reached()
+    until(lambda: "startup.d/a" in str(agent.client.status("a").owner))
     os.kill(boot.background(), signal.SIGKILL)
     boot.ends(137, None, "boot's background process was killed by signal 9; what it ran may run on", leaves=True)
     assert os.listdir(temporary) == []
     until(lambda: {unit.status for unit in agent.client.list()} == {"failed"})
     pid, reason = pid_of(agent, "db"), agent.client.status("db").reason
     assert re.match(rf"lost: the boot that ran .*\b{pid}\b.* may still run", reason)
-    assert over or agent.client.status("a").reason.startswith("lost: the boot that ran process ")
-    done = finish(agent.popen("stop"))
+    assert agent.client.status("a").reason.startswith("lost: the boot that ran process ")
+    done = agent.run("stop")
     assert done.returncode == 1
     assert f'unit "db" cannot be stopped: it is startup.d/db (pid {pid}), which has no supervisor' in done.stderr
 
 
-@pytest.mark.parametrize("hosted", [True, False])
-def test_term_to_the_background_process_stops_services_in_order_also_without_an_agent(
-    world: World, hosted: bool
-) -> None:
-    server = None if hosted else world.serve()
+def test_term_to_the_background_process_stops_services_also_without_an_agent(world: World) -> None:
+    server = world.serve()
     boot = Boot(world, STACK)
     boot.ends(0, leaves=True)
-    if server:
-        server.kill()
-        server.wait()
+    server.kill()
+    server.wait()
     os.kill(pid_of(world, "web"), signal.SIGKILL)
     until(lambda: not alive(pid_of(world, "web")))
     assert alive(pid_of(world, "db"))
     os.kill(boot.background(), signal.SIGTERM)
-    until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["api", "db"]
+    boot.gone()
+    assert ended(world) == ["api", "db"]
 
 
 @needs_proc
@@ -7781,15 +7390,14 @@ def test_a_service_that_dies_is_told_at_once_and_ends_others_with_fail_fast(worl
     else:
         boot.ends(leaves=True)
     os.kill(pid_of(world, "db"), signal.SIGKILL)
-    died = "warning: db: ended after its unit had completed (killed by signal 9)"
-    until(lambda: died in read_lines(told))
-    if options != ["--stay", "--fail-fast"]:
+    until(lambda: "warning: db: ended after its unit had completed (killed by signal 9)" in read_lines(told))
+    if "--fail-fast" not in options:
         until(lambda: world.status("db") == "failed")
         assert world.status("web") == "completed"
         world.client.shutdown()
-    until(lambda: boot.left() == [])
+    boot.gone()
     assert not options or boot.process.wait(PATIENCE) == (1 if "--fail-fast" in options else 143)
-    assert read_lines(world.directory / "ends") == ["web", "api"]
+    assert ended(world) == ["web", "api"]
 
 
 def test_output_that_nobody_takes_holds_up_no_service_and_is_no_others_business(world: World) -> None:
@@ -7806,17 +7414,16 @@ def test_output_that_nobody_takes_holds_up_no_service_and_is_no_others_business(
 
 
 def test_a_boot_is_refused_over_services_that_run_and_with_resume_runs_the_rest(world: World) -> None:
-    first = Boot(world, {**STACK, "job": "@want db\necho job >> ran", "bad": "exit 3"})
+    job = {**STACK, "job": "@want db\necho job >> ran"}
+    first = Boot(world, {**job, "bad": "exit 3"})
     first.ends(1, leaves=True)
-    again = Boot(world, {**STACK, "bad": "echo bad >> ran"})
     refused = f'unit "api" still runs (pid {pid_of(world, "api")}) from an earlier boot: stop it, or boot with --resume'
-    again.ends(1, "", refused, leaves=True)
-    more = {**STACK, "job": "@want db\necho job >> ran", "bad": "echo bad >> ran"}
-    resumed = Boot(world, more, "--resume")
+    Boot(world, STACK).ends(1, "", refused, leaves=True)
+    resumed = Boot(world, {**job, "bad": "echo bad >> ran"}, "--resume")
     assert "no agent" not in resumed.ends(0, None, "boot: 1 completed, 4 done before\n", leaves=True)
     assert read_lines(world.directory / "ran") == ["job", "bad"]
     world.client.shutdown()
-    until(lambda: first.left() == [])
+    first.gone()
     unknown = "boot: there was no agent, so nothing is known to have completed: all is run\n"
     Boot(world, {"a": "exit"}, "--resume").ends(0, "", unknown)
 
@@ -7831,39 +7438,37 @@ coder_sync.Connection.send = send
 """
     boot = Boot(world, STACK, patch=slow)
     boot.ends(leaves=True)
-    assert world.connect().call("stop")["result"]["stopped"] == ["web", "api", "db"]
-    until(lambda: boot.left() == [])
+    assert world.client.stop() == ["web", "api", "db"]
+    boot.gone()
 
 
 # -- COMMAND, while services run
 
 
 @needs_proc
-def test_a_command_beside_services_runs_as_if_there_were_no_boot_and_its_end_is_theirs(world: World) -> None:
-    script = "cat; ps -o pgid=,sid= -p $$; test -e ends || echo up; exit 7"
-    boot = Boot(world, STACK, "-q", "--", "sh", "-c", script, stdin=subprocess.PIPE)
-    out, _ = boot.process.communicate("input ", timeout=PATIENCE)
-    pid = str(boot.process.pid)
-    assert (boot.process.returncode, out.split()) == (7, ["input", pid, pid, "up"])
-    assert boot.left() == [] and read_lines(world.directory / "ends") == ["web", "api", "db"]
-
-
-@needs_proc
 @pytest.mark.parametrize(
-    ("script", "code"),
-    [("exit 3", 3), ("kill -9 $$", 137), ("no-such-command", 127), ("", 127), ("kill -9 $PPID", -9)],
-    ids=["fails", "is-killed", "is-not-found", "is-empty", "kills-boot"],
+    ("script", "code", "out"),
+    [
+        ("cat; ps -o pgid=,sid= -p $$; test -e ends || echo up; exit 7", 7, "input PID PID up"),
+        ("kill -9 $$", 137, ""),
+        ("", 127, ""),
+        ("kill -9 $PPID", -9, ""),
+    ],
+    ids=["ends", "is-killed", "is-not-found", "kills-boot"],
 )
-def test_services_end_however_the_command_does(world: World, script: str, code: int) -> None:
+def test_a_command_beside_services_runs_as_without_boot_and_its_end_is_theirs(
+    world: World, script: str, code: int, out: str
+) -> None:
     command = ["sh", "-c", script] if script else ["no-such-command"]
-    boot = Boot(world, STACK, "--", *command)
-    boot.ends(code, "", leaves=True)
-    until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+    boot = Boot(world, STACK, "-q", "--", *command, stdin=subprocess.PIPE)
+    said, _ = boot.process.communicate("input ", timeout=PATIENCE)
+    assert (boot.process.returncode, said.split()) == (code, out.replace("PID", str(boot.process.pid)).split())
+    boot.gone()
+    assert ended(world) == ["web", "api", "db"]
 
 
 @needs_proc
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGWINCH])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGWINCH])
 def test_a_signal_is_passed_on_to_the_command(world: World, number: signal.Signals) -> None:
     trap = f"trap 'echo urgent' URG; trap 'test -e ends || echo told; exit 5' {number.name[3:]}"
     boot = Boot(world, STACK, "-q", "--", "bash", "-c", f"{trap}; echo on; while :; do sleep 0.01; done")
@@ -7871,7 +7476,7 @@ def test_a_signal_is_passed_on_to_the_command(world: World, number: signal.Signa
     boot.signal(signal.SIGURG)  # which is nobody's business
     boot.signal(number)
     boot.ends(5, "told\n")
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+    assert ended(world) == ["web", "api", "db"]
 
 
 @needs_proc
@@ -7907,7 +7512,7 @@ def test_with_fail_fast_a_service_that_dies_ends_the_command_first(world: World)
     boot.prints("on")
     os.kill(pid_of(world, "api"), signal.SIGKILL)
     boot.ends(5, "told\n", "warning: api: ended after its unit had completed (killed by signal 9)")
-    assert read_lines(world.directory / "ends") == ["web", "db"]
+    assert ended(world) == ["web", "db"]
 
 
 @pytest.mark.parametrize("files", [{"a": ""}, STACK], ids=["alone", "beside-services"])
@@ -7947,19 +7552,17 @@ def test_at_a_limit_on_processes_a_boot_works_or_says_so_and_leaves_nothing(worl
         shutil.copytree(startup(world, {**scripts, "e": "@want a\nexec sleep 0"}), f"{theirs}/startup.d")
         shutil.copy(FILE, theirs)
         os.chmod(theirs, 0o777)
-        began = Path(theirs, "began")
-        for most in range(1, 13):
-            words = f"ulimit -u {most}; exec {python} -IS coder_sync.py boot startup.d --socket-path sock"
+        for most in (1, 3, 5, 12):
+            words = f"rm -f began; ulimit -u {most}; exec {python} -IS coder_sync.py boot startup.d --socket-path sock"
             done = finish(world.spawn([*become, words], cwd=theirs))
             assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
-            assert not (began.exists() and "cannot go on" in done.stderr), done  # all threads are there before
-            began.unlink(missing_ok=True)
+            assert not (os.path.exists(f"{theirs}/began") and "cannot go on" in done.stderr), done  # threads come first
             ends.append(done.returncode)
             until(lambda: subprocess.run(["pgrep", "-u", "61000"], stdout=subprocess.DEVNULL).returncode)
     assert ends[0] != 0 and ends[-1] == 0, (ends, done)
 
 
-@pytest.mark.parametrize("most", range(6, 20))
+@pytest.mark.parametrize("most", [6, 8, 10, 12, 14, 16])
 def test_with_few_descriptors_a_boot_works_or_says_so_in_a_line(world: World, most: int) -> None:
     limit = ["sh", "-c", f'ulimit -n {most}; exec "$@"', "-"]
     boot = Boot(world, {"a": "exit"}, under=limit)
@@ -7970,8 +7573,8 @@ def test_with_few_descriptors_a_boot_works_or_says_so_in_a_line(world: World, mo
 
 def test_a_working_directory_that_is_gone_is_said_to_be(world: World) -> None:
     gone = ["sh", "-c", 'mkdir gone; cd gone; rmdir ../gone; exec "$@"', "-"]
-    for options in (["--socket-path", "s"], ["--log-dir", "logs"], ["--timeline", "t.svg"]):
-        boot = Boot(world, {"a": "exit"}, *options, under=gone)
+    for option in ("--socket-path", "--log-dir", "--timeline"):
+        boot = Boot(world, {"a": "exit"}, option, "t.svg", under=gone)
         boot.ends(125, "", "error: cannot go on: the working directory is gone\n")
     Boot(world, {"a": "cd /; echo a"}, under=gone).ends(0)
 
@@ -7992,7 +7595,7 @@ coder_sync.{where} = fails
     files = {"db": service("db"), "a": last, "b": stubborn}
     boot = Boot(world, files, "--grace", "300ms", patch=fails)
     boot.ends(125, None, "internal error in coder_sync")
-    assert read_lines(world.directory / "ends") == ["db"]
+    assert ended(world) == ["db"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -8005,14 +7608,12 @@ def test_as_many_scripts_as_have_descriptors_run_at_once(
     world: World, gate: Gate, options: list[str], at_once: int
 ) -> None:
     limit = ["sh", "-c", 'ulimit -n 100; exec "$@"', "-"]
-    boot = Boot(world, {f"x{i}": f": < gate; echo {i}" for i in range(90)}, *options, under=limit)
+    boot = Boot(world, {f"x{i}": f": < gate; echo {i}" for i in range(60)}, *options, under=limit)
     until(lambda: len(boot.scripts()) == at_once, "that all stand at the gate")
-    assert sum(unit.status == "started" for unit in world.client.list()) == at_once
     gate.keep_open(lambda: boot.process.poll() is not None)
-    done = finish(boot.process)
-    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
-    assert sorted(int(line.split("| ")[1]) for line in done.stdout.splitlines()) == list(range(90))
-    assert not options or len(list((world.directory / "logs").iterdir())) == 90
+    assert "warning" not in boot.ends(0)
+    assert sorted(int(line.split("| ")[1]) for line in boot.out.splitlines()) == list(range(60))
+    assert not options or len(list((world.directory / "logs").iterdir())) == 60
 
 
 def test_services_leave_each_other_the_descriptors_that_probes_need(world: World, gate: Gate) -> None:
@@ -8041,32 +7642,19 @@ os.posix_spawnp = spawn
 
 
 def test_a_log_that_cannot_be_written_is_told_once_and_the_boot_goes_on(world: World) -> None:
+    for logs, whose in {"fifo": "a", "full": "a", "directory": "b"}.items():
+        (world.directory / logs).mkdir()
+        log = world.directory / logs / f"{whose}.log"
+        os.mkfifo(log) if logs == "fifo" else log.symlink_to("/dev/full") if logs == "full" else log.mkdir()
     (world.directory / "file").touch()
-    os.makedirs(world.directory / "b" / "a.log")
-    os.mkdir(world.directory / "a")
-    os.mkfifo(world.directory / "a" / "a.log")
-    whys = {"file": "File exists", "a": "No such device or address", "b": "Is a directory"}
-    for logs, why in whys.items():
+    whys = {"file": "File exists", "fifo": "No such device or address", "directory": "Is a directory"}
+    for logs, why in {**whys, **({"full": "No space left on device"} if os.path.exists("/dev/full") else {})}.items():
         boot = Boot(world, {"a": "echo a", "b": "@want a\necho b"}, "--log-dir", logs)
         told = boot.ends(0, "a | a\nb | b\n", f"warning: no more logs in {logs}: {why}\n")
         assert told.count("warning") == 1
 
 
-def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: World) -> None:
-    logs = world.directory / "logs"
-    logs.mkdir()
-    mount = f"mount -t tmpfs -o size=64k none {logs} && "
-    if subprocess.run(["unshare", "--mount", "sh", "-c", mount + "true"], capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    fill = "head -c 60000 /dev/zero; sleep 0.05; head -c 6000 /dev/zero"  # what is cut off is at the very end
-    under = ["unshare", "--mount", "sh", "-c", mount + f'"$@"; echo $?; wc -c < {logs}/a.log; ls {logs}', "-"]
-    boot = Boot(world, {"a": fill, "b": "@want a\nseq 1 30000"}, "--log-dir", str(logs), under=under)
-    done = finish(boot.process)
-    assert done.stdout.splitlines()[-4:] == ["b | 30000", "0", "65536", "a.log"]
-    assert done.stderr.count(f"warning: no more logs in {logs}: No space left on device") == 1
-
-
-def test_many_units_with_much_to_want_are_claimed_in_one_step_though_it_takes_several_lines(agent: World) -> None:
+def test_many_units_are_claimed_in_one_step_though_it_takes_several_lines(agent: World) -> None:
     names = [f"u{i:03}-" + "n" * 240 for i in range(35)]  # in all some 150 KB
     files = {name: f"@want {' '.join(names[:i])}" if i else "" for i, name in enumerate(names)}
     somebody = agent.connect()
@@ -8102,64 +7690,52 @@ def test_scripts_that_go_elsewhere_find_the_agent_of_a_relative_path(world: Worl
 
 
 class PlayedAgent:
-    """An agent that the test plays for a boot of one unit, `a`. Reports and pings, asked for now and then, may wait."""
+    """An agent that the test plays for a boot of one unit, `a`."""
 
-    def __init__(self, world: World, script: str, **options: Any) -> None:
+    def __init__(self, world: World, script: str) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(world.path)
             listener.listen()
-            self.boot = Boot(world, {"a": script}, **options)
+            self.boot = Boot(world, {"a": script})
             self.peer = listener.accept()[0]
         self.peer.settimeout(PATIENCE)
         self.file = self.peer.makefile("rb")
         self.answers(self.asked("boot"), result={"units": 1})
-        self.says(method="unit", params={"unit": "a", "status": "started"})
+        self.tells("started")
         self.answers(self.asked("owner"), result={})
 
     def says(self, **message: Any) -> None:
         self.peer.sendall(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
 
+    def tells(self, status: str) -> None:
+        """Say what has become of the unit."""
+        self.says(method="unit", params={"unit": "a", "status": status})
+
     def asked(self, method: str) -> Any:
         """The next request, which must be this one."""
         request = json.loads(self.file.readline())
-        while request["method"] in {"graph", "ping"} - {method}:
-            self.answers(request, result={"now": 0, "nodes": []})
-            request = json.loads(self.file.readline())
         assert request["method"] == method
         return request
 
     def answers(self, request: Any, **answer: Any) -> None:
         self.says(id=request["id"], **answer)
 
-    def refuses(self, request: Any) -> None:
-        self.answers(request, error={"code": 1, "message": "refused"})
-
-    def hangs_up(self) -> None:
-        self.file.close()
-        self.peer.close()
-
-    def reports(self, status: str = "", reason: str = "") -> None:
-        """Say what has become of the unit, if something has, and answer the next request for a report."""
-        if status:
-            self.says(method="unit", params={"unit": "a", "status": status, "reason": reason})
-        self.answers(self.asked("graph"), result={"now": 0, "nodes": []})
-
 
 @needs_proc
 @pytest.mark.parametrize("ready", [False, True])
 def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate, ready: bool) -> None:
     agent = PlayedAgent(world, "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3")
-    if ready:
-        request = agent.asked("complete")  # and not answered while it ends
+    request = agent.asked("complete" if ready else "fail")
+    if ready:  # it ends before this is answered
         gate.open()
     else:
-        request = agent.asked("fail")
-        agent.says(method="unit", params={"unit": "a", "status": "completed"})
-        agent.refuses(request)
+        agent.tells("completed")
+        agent.answers(request, error={"code": 1, "message": "refused"})
         request = agent.asked("running")
     agent.answers(agent.asked("exited"), result={})
     agent.answers(request, result={})
-    agent.reports("completed")
+    agent.tells("completed")
+    agent.answers(agent.asked("graph"), result={"now": 0, "nodes": []})
     agent.boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
 
 
@@ -8181,62 +7757,43 @@ def test_what_completes_and_is_refused_is_ended_and_has_failed_for_good(world: W
     agent = PlayedAgent(world, f"{ready}@retry 1 0\n: > up; cat gate")
     if not ready:
         gate.open()
-    agent.refuses(agent.asked("complete"))
+    agent.answers(agent.asked("complete"), error={"code": 1, "message": "refused"})
     failed = agent.asked("fail")
     assert failed["params"]["reason"] == "refused"
     agent.answers(failed, result={})
-    agent.reports("failed", "refused")
+    agent.tells("failed")
+    agent.answers(agent.asked("graph"), result={"now": 0, "nodes": []})
     agent.boot.ends(1, "", "failed: a (refused); ")
 
 
-def test_what_has_been_told_to_stop_is_not_to_be_tried_again(world: World) -> None:
-    agent = PlayedAgent(world, "@retry 1 10m\nexit 3", patch="coder_sync.REPORT_EVERY = 0.05")
-    until(lambda: (agent.reports(), "to try again" in agent.boot.says("boot: 0 of 1 ended"))[1])
-    agent.boot.signal()
-    agent.asked("fail")
-    agent.reports()
-    agent.reports("failed", "stopped")
-    told = agent.boot.ends(143, "", "boot: 0 of 1 ended", "failed: a (stopped); ")
-    assert "to try again" not in told
-
-
-def test_an_agent_that_answered_while_boot_was_held_up_itself_has_not_gone(world: World, gate: Gate) -> None:
-    held_up = """
-import os, time
-time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later")
-def read(*args, was=coder_sync.Stream.read, **options):
-    os.path.exists("later") or open("stuck").read()
-    was(*args, **options)
-coder_sync.Stream.read, coder_sync.PING_AFTER, coder_sync.REPORT_EVERY = read, 0.1, 1e9
-"""
-    stuck = Gate(world, "stuck")
-    agent = PlayedAgent(world, "cat gate; echo a", patch=held_up)
-    ping = agent.asked("ping")
-    gate.open()
-    stuck.reached()
-    agent.answers(ping, result={})
-    (world.directory / "later").touch()
-    stuck.open()
-    agent.answers(agent.asked("complete"), result={})
-    agent.reports("completed")
-    agent.boot.ends(0, "a | a\n")
+def test_an_agent_that_answered_while_boot_was_held_up_itself_is_not_lost() -> None:
+    ours, theirs = socket.socketpair()
+    lost: list[Any] = []
+    link = coder_sync.Link(coder_sync.Loop(), print, lost.append, lambda: 1.0)
+    link.open(coder_sync.Channel("", sock=ours))
+    link.request("ping")
+    theirs.sendall(b'{"jsonrpc": "2.0", "id": %d, "result": {}}\n' % json.loads(theirs.recv(1000))["id"])
+    link.keep_time(time.monotonic() + 1000)
+    assert not lost, "it is asked again"
+    link.keep_time(time.monotonic() + 2000)
+    assert len(lost) == 1
 
 
 @pytest.mark.parametrize(
     ("script", "report", "told"),
     [
-        ("exit", "complete", "1 completed\n"),
         ("exit 3", "fail", "1 failed\n"),
         ("@ready true\ncat gate", "complete", "1 completed\nstill running: a\n"),
     ],
-    ids=["completed", "failed", "service"],
+    ids=["failed", "service"],
 )
 def test_an_outcome_that_the_agent_did_not_answer_any_more_is_the_units(
     world: World, gate: Gate, script: str, report: str, told: str
 ) -> None:
     agent = PlayedAgent(world, script)
     agent.asked(report)
-    agent.hangs_up()
+    agent.file.close()
+    agent.peer.close()
     assert agent.boot.process.wait(PATIENCE) == 3
     if "gate" in script:
         gate.open()
@@ -8279,7 +7836,7 @@ def test_where_no_directory_can_be_written_it_is_said_that_there_are_no_variable
     boot.ends(1, "", told, "boot: 1 completed", "cannot be probed: no directory for its NOTIFY_SOCKET")
 
 
-def test_a_reader_that_takes_nothing_of_what_boot_says_does_not_keep_it_from_its_work(world: World, gate: Gate) -> None:
+def test_a_reader_that_takes_nothing_of_what_boot_says_holds_up_nothing(world: World, gate: Gate) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
