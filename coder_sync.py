@@ -4290,7 +4290,7 @@ def plain_units(units: Iterable[UnitStatus], keys: Iterable[str]) -> list[dict[s
 
 
 # -- what all pictures of a startup share -------------------------------------------------------------------
-PHASES = {  # of a unit: its glyph, the same in ASCII; in SVG its class ("": that of the status), top and height
+PHASES = {  # of a unit: glyph and its ASCII form; in SVG the class (if empty, the status is the class), top and height
     "runs on as a service": ("\u2500-", "", 9, 3),
     "waits": ("\u2591.", "w", 7, 6),
     "waits for a lock": ("\u2592:", "l", 7, 6),
@@ -4342,10 +4342,8 @@ class Startup:
         self.last = max([self.first, *times])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        rows = [self.bars[u.unit_name] for u in known]
-        self.rows = sorted(
-            rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered or 0.0, b.name)
-        )
+        rows = (self.bars[u.unit_name] for u in known)
+        self.rows = sorted(rows, key=lambda bar: (not bar.has_run, bar.started, bar.name))
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
         self.critical, steps = set(names), set(zip(names, names[1:]))
@@ -4367,7 +4365,7 @@ class Startup:
                 break
             if bar.has_run:
                 path.append((bar, max(0.0, min(bar.ended, until) - bar.started)))
-            until = bar.started  # of a skipped unit: its end
+            until = bar.started  # a skipped unit has its end here
             before = [self.bars[d] for d in bar.unit.wants if d in self.bars]
             before = [b for b in before if b.unit.ended is not None and b.ended <= until]
             bar = self.bars.get(bar.unit.released_by) or max(before, key=lambda b: b.ended, default=None)
@@ -4393,7 +4391,7 @@ class Startup:
 
 # -- the timeline -------------------------------------------------------------------------------------------
 def ticks(length: float, most: int) -> list[tuple[float, str]]:
-    """Return round numbers of seconds for an axis, at most `most` after 0 and not many less, each with its text."""
+    """Return round times with labels for an axis of `length` seconds: 0 and at most `most` others, not many fewer."""
     steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
     steps += [60 * m for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720)]
     step = next((s for s in [*steps, 86400.0, 2 * 86400.0] if length / s <= max(most, 1)), length or 1.0)
@@ -4403,7 +4401,7 @@ def ticks(length: float, most: int) -> list[tuple[float, str]]:
 
 
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
-    """Draw every unit on one axis of time, with its outcome; a star marks those on the critical path."""
+    """Draw each unit as a row on one axis of time; a star marks the units on the critical path."""
     glyphs = {phase: both[not unicode] for phase, (both, *_) in PHASES.items()}
     startup, dots = Startup(graph), "\u2026" if unicode else "~"
     summary = wrap(startup.summary(), width, dots)
@@ -4494,10 +4492,7 @@ def read_timeline(text: str | bytes, name: str) -> Startup:
 
 
 def compare_text(before: Startup, now: Startup) -> str:
-    """Compare how long each unit took in two startups: first the units that did not complete, then the largest change.
-
-    The time of a unit that did not complete is not compared.
-    """
+    """Compare how long units took in two startups: the largest change first, after what did not complete in both."""
 
     def change(seconds: float) -> str:
         return "0" if abs(seconds) < 0.0005 else f"{'+' if seconds > 0 else '-'}{span(abs(seconds))}"
@@ -4510,13 +4505,13 @@ def compare_text(before: Startup, now: Startup) -> str:
     bars = [{bar.name: bar for bar in startup.rows} for startup in (before, now)]
     rows: list[tuple[float, list[str]]] = []
     for name in sorted({**bars[0], **bars[1]}):
-        old, new = pair = [of_startup.get(name) for of_startup in bars]
-        seconds = (new.ran if new else 0.0) - (old.ran if old else 0.0)
-        text = "came" if old is None else "went" if new is None else change(seconds)
-        if any(bar and bar.unit.status != COMPLETED for bar in pair):
-            seconds, text = NEVER, "-"
+        old, new = (of_startup.get(name) for of_startup in bars)
+        seconds, text = NEVER, "-"
+        if old and new and old.unit.status == new.unit.status == COMPLETED:
+            seconds = new.ran - old.ran
+            text = change(seconds)
         critical = [word for word, startup in (("before", before), ("now", now)) if name in startup.critical]
-        rows.append((-abs(seconds), [name, *map(cell, pair), text, " and ".join(critical)]))
+        rows.append((-abs(seconds), [name, cell(old), cell(new), text, " and ".join(critical)]))
     text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
     complete = all(bar.unit.status == COMPLETED for bar in (*before.rows, *now.rows))
     verdict = change(now.length - before.length) if complete else "not every unit completed"
@@ -4553,7 +4548,7 @@ def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
     from html import escape
 
-    startup, found = Startup(graph), obstacles(graph)
+    startup, causes = Startup(graph), obstacles(graph)
     column, height, axis = 7.4, 20, 760.0  # pixels: width of a character, height of a row, length of the axis of time
     outcomes = [fit(status_and_reason(bar.unit), 60).rstrip() for bar in startup.rows]
     left = 16 + column * min(max((text_width(bar.name) for bar in startup.rows), default=0), 60)
@@ -4571,7 +4566,7 @@ def timeline_svg(graph: Graph) -> str:
     for i, (bar, outcome) in enumerate(zip(startup.rows, outcomes)):
         y, status, is_critical = top + height * i, bar.unit.status, bar.name in startup.critical
         starts[bar.name] = left + (bar.started - startup.first) * scale, y
-        body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, found[bar.name]))}</title>")
+        body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, causes[bar.name]))}</title>")
         body.append(f'<rect class="{"yz"[i % 2]}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
         body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else ""))
         for phase, start, end in bar.phases:
@@ -4695,7 +4690,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
     These are the dependencies that do not meet their requirement or, if there are none, the units that have its locks.
     """
     statuses = {u.unit_name: u.status for u in graph.nodes}
-    found: dict[str, dict[str, str]] = {}
+    causes: dict[str, dict[str, str]] = {}
     for u in graph.nodes:
         unmet: list[str] = []
         if u.status == SKIPPED:
@@ -4705,8 +4700,8 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
         words = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in unmet}
         if u.is_waiting and not unmet:
             words = {u: f'lock {lock}, which "{u}" has' for lock, u in u.blocked_by.items() if u in statuses}
-        found[u.unit_name] = words
-    return found
+        causes[u.unit_name] = words
+    return causes
 
 
 def is_notable(unit: UnitStatus, now: float) -> bool:
@@ -4721,17 +4716,17 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
 
     Without names: the root causes of all that is stuck, and what failed, gave up, has ended or runs long.
     """
-    found = obstacles(graph)
+    causes = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
     units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
-    stuck = {u.unit_name: found[u.unit_name] for u in graph.nodes if u.waiting is not None or u.status == SKIPPED}
+    stuck = {u.unit_name: causes[u.unit_name] for u in graph.nodes if u.waiting is not None or u.status == SKIPPED}
     held_up: dict[str, list[str]] = {}  # by each unit, without others in between
-    for name, causes in stuck.items():
-        for cause in causes:
+    for name, found in stuck.items():
+        for cause in found:
             held_up.setdefault(cause, []).append(name)
-    chain = reached(names, found.get)
-    between = [units[name] for name in chain if found.get(name)]
-    roots = [units[name] for name in chain if not found.get(name)]
+    chain = reached(names, causes.get)
+    between = [units[name] for name in chain if causes.get(name)]
+    roots = [units[name] for name in chain if not causes.get(name)]
     if not names:
         roots = [u for u in graph.nodes if u.unit_name in held_up or is_notable(u, graph.now)]
         roots = [u for u in roots if not stuck.get(u.unit_name)]
@@ -4742,22 +4737,22 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     parts.sort(key=lambda part: -len(part[0]))
     texts = []
     for held, group in parts[:50]:
-        lines = sentences(graph, group, found)
+        lines = sentences(graph, group, causes)
         for word, is_skipped in (("held up", False), ("skipped", True)):
             listed = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
             lines += [f"    {word}: {some_names(listed)}"] if listed else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    return "\n".join([*sentences(graph, between, found), "\n\n".join(texts) or nothing]) + "\n"
+    return "\n".join([*sentences(graph, between, causes), "\n\n".join(texts) or nothing]) + "\n"
 
 
-def sentences(graph: Graph, units: Sequence[UnitStatus], found: dict[str, dict[str, str]]) -> list[str]:
-    """Return a sentence on each of the first 20 units, and how many more there are; `found` are the obstacles."""
+def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[str, str]]) -> list[str]:
+    """Return a sentence on each of the first 20 units and its obstacles, and how many more units there are."""
     lines = []
     for u in units[:20]:
         if u.status != NOT_REGISTERED:
-            lines.append(sentence(u, graph.now, found[u.unit_name]) + ".")
+            lines.append(sentence(u, graph.now, causes[u.unit_name]) + ".")
             continue
         why = f"its want was refused: {u.refusal}" if u.refusal else "nobody has called want, start or run on it"
         wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
@@ -4768,9 +4763,9 @@ def sentences(graph: Graph, units: Sequence[UnitStatus], found: dict[str, dict[s
     return lines + ([f"({len(units) - 20} more like these)"] if len(units) > 20 else [])
 
 
-def sentence(unit: UnitStatus, now: float, its_obstacles: Mapping[str, str]) -> str:
-    """Return a sentence on a registered unit, without its full stop."""
-    name, bar, missing = f'"{unit.unit_name}"', Bar(unit, now), some_names([*its_obstacles.values()])
+def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
+    """Return a sentence on a registered unit and its obstacles, without a full stop."""
+    name, bar, missing = f'"{unit.unit_name}"', Bar(unit, now), some_names([*causes.values()])
     reason = f": {reason_text(unit)}" if unit.reason else ""
     output = f"; its output is in {unit.log}" if unit.log else ""
     if unit.status == SKIPPED:
@@ -6950,32 +6945,34 @@ def is_ours(data: bytes) -> bool:
 def install(path: str, python: str) -> str:
     """Write a copy to a temporary file, run it, and rename it to `path`; return the real path. Raises Refused."""
     path = os.path.realpath(path)
-    if os.path.lexists(path) and not os.path.isfile(path):
+    exists = os.path.lexists(path)
+    if exists and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
-    beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
+    temporary = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
     for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that the temporary file is removed
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
-        if os.path.exists(path):
-            with open(path, "rb") as there:
-                old = there.read()
+        if exists:
+            with open(path, "rb") as file:
+                old = file.read()
             if old and not is_ours(old):
                 raise Refused(f"cannot install {path}: another program is there; remove it first")
         data = application(python)
-        with open(beside, "xb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            like = os.stat(path if os.path.exists(path) else beside)
-            os.chown(beside, like.st_uid, like.st_gid)
-            os.chmod(beside, like.st_mode & 0o755 | (like.st_mode & 0o444) >> 2)  # who may read may execute
+            model = os.stat(path if exists else temporary)
+            os.chown(temporary, model.st_uid, model.st_gid)
+            os.chmod(temporary, model.st_mode & 0o755 | (model.st_mode & 0o444) >> 2)  # who may read may execute
             os.fsync(file.fileno())
-        if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
+        version = ask_python(python or sys.executable, "-IS", temporary, "--version")
+        if version != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
-        os.rename(beside, path)
+        os.rename(temporary, path)
     except OSError as error:
         raise Refused(f"cannot install {path}: {error.strerror}; nothing was changed") from None
     finally:
-        remove(beside)
+        remove(temporary)
     return path
 
 
@@ -7035,7 +7032,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
     name, *words = command_first(argv)
     command, args = command_named(name), Args()
     words, args.command = split_tail(command, words)
-    end = words.index("--") if "--" in words else len(words)  # names follow
+    end = words.index("--") if "--" in words else len(words)  # only names follow, even with a dash
     options = [argument for argument in command.arguments if argument.is_option]
     try:
         _, names = parser_of(command, options).parse_known_args(words[:end], args)
@@ -7148,31 +7145,13 @@ def cmd_serve(args: Args) -> int:
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    if not args.command:
-        serve(make_host(args, agent_path(args.socket_path)), args.detach)
-        return 0
-    directory = "" if args.socket_path else private_directory()
-    if not (args.socket_path or directory):
-        raise CommandError("cannot make a private socket: no directory is writable; name a --socket-path", 125)
-    try:
-        return serve_command(make_host(args, args.socket_path or directory + "/agent.sock"), args.command)
-    except Refused as error:
-        raise CommandError(str(error), 125) from None
-    finally:
-        remove_directory(directory)
-
-
-def make_host(args: Args, path: str) -> Host:
-    """Return the agent that the options of `serve` describe, which is to listen at a path."""
-    is_private = args.command and not args.socket_path
-    level = 2 * args.verbose or int(not args.quiet and not is_private)
-    if args.detach and not args.log_file:
-        level = -1
-    return Host(
-        os.path.abspath(path),
+    directory = private_directory() if args.command and not args.socket_path else ""
+    level = 2 * args.verbose or int(not (args.quiet or directory))  # the output of COMMAND matters more
+    host = Host(
+        f"{directory}/agent.sock" if directory else os.path.abspath(agent_path(args.socket_path)),
         mode=args.mode or (0o600 if args.group is None else 0o660),
         group=-1 if args.group is None else args.group,
-        level=level,
+        level=-1 if args.detach and not args.log_file else level,
         log_file=args.log_file and os.path.abspath(args.log_file),
         pid_file=args.pid_file and os.path.abspath(args.pid_file),
         replace=make_room if args.replace else None,
@@ -7180,6 +7159,15 @@ def make_host(args: Args, path: str) -> Host:
         alone=not args.command,
         advice=slowness(),
     )
+    if not args.command:
+        serve(host, args.detach)
+        return 0
+    try:
+        return serve_command(host, args.command)
+    except Refused as error:
+        raise CommandError(str(error), 125) from None
+    finally:
+        remove_directory(directory)
 
 
 def make_room(path: str) -> bool:
@@ -7589,7 +7577,7 @@ def bash_candidates(line: str, word: str) -> list[str]:
 def candidates(words: Sequence[str]) -> list[str]:
     """Return what the last word of a command line may become: options, choices, commands, units."""
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": the last word is it
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": none yet
     try:
         command = commands.get(command_first([*before, ""])[0])
     except UsageError:
