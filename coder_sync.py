@@ -1784,13 +1784,13 @@ def in_background() -> tuple[int, int]:
     return 0, front
 
 
-# -- signals, and how a command is run------------------------------------------------------------------------
+# -- signals, and how a command is run ---------------------------------------------------------------------
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # end an agent without a command
 PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # go to the command, if there is one
 
 
-def heeded(numbers: Iterable[int]) -> list[int]:
-    """Return signals without those that our parent has set to be ignored, as nohup(1) does; TERM is kept."""
+def not_ignored(numbers: Iterable[int]) -> list[int]:
+    """Return signals without those that our parent has set to be ignored, as nohup(1) does, but with TERM."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -1881,7 +1881,8 @@ class Family:
 
     def terminate_others(self) -> None:
         """Send TERM to all processes but the first."""
-        for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
+        group = [-self.pid] if not self._known and self.has_group() else []  # there is no /proc
+        for pid in self._others() or group:
             signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
@@ -1894,13 +1895,13 @@ class Loop:
     """The event loop of the main thread: signals, ends of children, file descriptors, and a time.
 
     Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with the other file
-    descriptors: so no signal is missed between two polls. Until `give_back`, signals have no other effect.
+    descriptors: so no signal is missed between two polls. Until `restore_signals`, signals have no other effect.
     """
 
     def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
-        self.numbers = heeded(numbers)
+        self.numbers = not_ignored(numbers)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> callback for its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None  # as of the present turn
@@ -1945,7 +1946,7 @@ class Loop:
             if self._handlers.pop(fd, None):
                 self._poll.unregister(fd)
 
-    def give_back(self) -> None:
+    def restore_signals(self) -> None:
         """Restore the handlers of signals, as needed before exec.
 
         Raises SystemExit(128+N) if signal N, which is not SIGWINCH, was received after the last turn.
@@ -2094,7 +2095,7 @@ def is_variable(name: str) -> bool:
 #     delivered       a plain claim, when the client has the answer; until then the other claims stay in line
 #     end             a held claim, when its unit has ended
 #     end, exit       a supervisor's claim, when its unit and the command have ended; the command of a service runs on
-#     end_claims      any claim, also in line, when its time is up, or its client or its process is gone
+#     end_claims      any claim, also while it waits, when its time is up, or its client or its process is gone
 # Invariants: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
 # of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started, or has
 # failed and its claim lasts; a unit whose command runs on has a holder; a unit in `stopping` has one, a supervisor's.
@@ -2182,7 +2183,7 @@ class Unit:
         return self.holder or next(iter(self.line), None)
 
     def is_taken(self) -> bool:
-        """Return whether a further start is refused. While an answer is being delivered it may stand in line."""
+        """Return whether a further start is refused; it may wait in line while an answer is being delivered."""
         if self.status in ENDED:
             return self.holder is not None
         return self.status == STARTED and (self.holder is None or self.holder.delivered)
@@ -2203,8 +2204,8 @@ class Unit:
     def lacks(self) -> Iterator[tuple[Unit, str | Lock]]:
         """Iterate over what keeps the unit from starting, as pairs.
 
-        First a dependency and its requirement that is not met; then the unit itself and START, while the answer to an
-        earlier start is being delivered; then, if no dependency is unmet, a unit and the lock that it has.
+        (dependency, requirement that it does not meet); (the unit itself, START) while the answer to an earlier start
+        is being delivered; (unit that has or gets the lock first, lock) if no dependency is unmet.
         """
         if self.unmet:
             yield from ((d, requirement) for d, requirement in self.wants.items() if d.status not in MEETS[requirement])
@@ -2332,10 +2333,7 @@ class Units:
     # -- what callers may do ------------------------------------------------------------------------------
 
     def want(self, name: str, dependencies: Iterable[str], requires: str = SUCCESS) -> Unit:
-        """Register `name` and make it depend on all of `dependencies`; if one is refused, on none of them.
-
-        Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
-        """
+        """Register `name` and make it depend on all of `dependencies`, or on none and raise CycleError or Refused."""
         (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), ())])
         self._settle_all(unit)
         return unit
@@ -2407,14 +2405,13 @@ class Units:
     def end(self, name: str, outcome: Outcome, by: Owner | None = None, claim: Claim | None = None) -> str:
         """End a unit, with the claim that holds it, unless that is a supervisor's whose command may still run.
 
-        `by` and `claim` are the reporter and its claim on the unit, if it has one. Returns the status of the unit.
-        Raises NotRegistered; Refused if the unit has ended otherwise, is being stopped, leaves too many variables, or
-        if the start of `by` was refused.
+        `by` and `claim` are the reporter and its claim, if any. Returns the status of the unit. Raises NotRegistered;
+        Refused if the unit has another outcome, is being stopped or leaves too much, or if `by` may not report.
         """
         unit, status = self._registered(name), outcome.status
         before, reason, stopping = unit.status, unit.facts.reason, unit in self.stopping
         holder = claim if claim and claim.held and claim is unit.holder else None
-        supervisor = None if holder else unit.supervisor()
+        other = None if holder else unit.holder  # the claim of somebody else
         self._check_environment(unit, outcome.env)
         if not holder:
             self._check_report(unit, status, by)
@@ -2423,16 +2420,16 @@ class Units:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            if supervisor and not supervisor.boot:  # a boot is notified of every status
-                self.answer(supervisor, Notice("unit", {"unit": name, "status": status}))
+            if other and other.supervisor and not other.boot:  # a boot is notified of every status
+                self.answer(other, Notice("unit", {"unit": name, "status": status}))
         if holder and not outcome.running:
             self.exit(holder, outcome.reason, outcome.exit_code or int(status == FAILED))
         elif holder and not stopping:
             self.run_on(holder)
-        elif unit.holder and not unit.holder.supervisor:
+        elif other and not other.supervisor:
             self._end_holder(unit)
         self._settle_all()
-        if before in ENDED and before == unit.status != status and not (holder and stopping):
+        if before in ENDED and unit.status == before != status and not (holder and stopping):
             why = f" ({reason})" if reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
@@ -2441,8 +2438,7 @@ class Units:
     def exit(self, claim: Claim, reason: str, code: int, stopped: bool = False) -> None:
         """End the claim of a supervisor, since no process of the command is left.
 
-        If it ran on, its unit fails: with `stopped`, because its supervisor was told to end it, or else, with another
-        `code` than 0, because it died.
+        If it ran on, the unit fails: stopped, if the supervisor was told to end it, or died, if `code` is not 0.
         """
         unit, ran_on = claim.unit, claim.unit.facts.running_on
         stopped = unit in self.stopping or (stopped and ran_on)
@@ -2474,8 +2470,8 @@ class Units:
         self._check_waits(0 if ticket is None else 1)  # without a ticket it is the agent's own, at its end
         named = dict.fromkeys(self._selected(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
-        alone = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
-        cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
+        others = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
+        cannot = [row for unit, row in others.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
         self._join(stop)
@@ -2590,7 +2586,7 @@ class Units:
         return sorted((row for row in self.graph().nodes if row.unit_name in shown), key=lambda row: row.unit_name)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return the variables that the dependencies of a unit leave it; later ones win. Raises NotRegistered."""
+        """Return the variables left by all dependencies of a unit; the last in the graph wins. Raises NotRegistered."""
         unit = self._registered(name)
         merged: dict[str, str] = {}
         for other in in_order(unit.wants, lambda unit: unit.wants) if self.has_environment else ():
@@ -2781,7 +2777,7 @@ class Units:
 
         Raises CycleError or Refused, which is remembered for `why`.
         """
-        known = len(self.units)
+        count = len(self.units)
         try:
             units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
             edges = {unit: self._edges(unit, wants, replace) for unit, (_, wants, _) in zip(units, members)}
@@ -2792,11 +2788,11 @@ class Units:
             suspects = [unit for unit in changed if replace or unit.wanted_by or unit in edges[unit]]
             in_order(suspects, lambda unit: edges.get(unit, unit.wants))
         except SyncError as error:
-            for name in [*self.units][known:]:
-                del self.units[name]
-            about = error.data[0] if isinstance(error, CycleError) else members[0][0]
-            if about:
-                self.refusals[about] = one_line(str(error))
+            for new in [*self.units][count:]:
+                del self.units[new]
+            name = error.data[0] if isinstance(error, CycleError) else members[0][0]
+            if name:
+                self.refusals[name] = one_line(str(error))
                 if len(self.refusals) > 1000:
                     del self.refusals[next(iter(self.refusals))]
             raise
@@ -2901,10 +2897,8 @@ class Units:
 
     def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
         """Return in words what a unit lacks, five items at most; `mark` names that are not registered."""
-        from itertools import islice
-
         words = []
-        for other, need in islice(unit.lacks(), 5):
+        for _, (other, need) in zip(range(5), unit.lacks()):
             if isinstance(need, Lock):
                 words.append(f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}")
             else:
@@ -3098,10 +3092,7 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines with a time, written to standard error or a file by a thread, so that no caller waits.
-
-    Lines that cannot be written are counted, and the next line gives their number.
-    """
+    """The agent's log. A thread writes it, so that no caller waits; lost lines are counted in the next one."""
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         """Open the file, if there is one. Raises OSError, or RuntimeError if no thread can be started."""
@@ -3263,10 +3254,7 @@ class Connection:
             self.wake_up.wake()
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
-        """Return the peer, if it is to hold a unit, else the script that called it, or None if that is unknown.
-
-        `parent` is the pid of the script as the peer says, for systems without /proc.
-        """
+        """Return the peer, if it is to hold a unit, else the script that called it; without /proc that is `parent`."""
         pid = who_is_at(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
@@ -3786,10 +3774,7 @@ QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # methods that
 
 
 def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) -> Any:
-    """Return a socketserver on a listening socket, with a thread for each connection, and at most `most` of them.
-
-    The requests of socketserver are Connections here. `look` is called now and then, and after each new connection.
-    """
+    """Return a socketserver whose requests are Connections, at most `most`. It calls `look` every few seconds."""
     import _thread
     import socketserver
 
@@ -3843,8 +3828,8 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
                 trace = error.__traceback__
                 while trace.tb_next:
                     trace = trace.tb_next
-                said = f"internal error at line {trace.tb_lineno}: {one_line(repr(error))}; please report it"
-                agent.log.say(said, 0)
+                where = f"internal error at line {trace.tb_lineno}"
+                agent.log.say(f"{where}: {one_line(repr(error))}; please report it", 0)
 
     server = Server("", Handler, bind_and_activate=False)
     server.socket.close()
@@ -3926,7 +3911,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
                 pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
-            if holder not in (0, found.st_mtime_ns):  # another agent has taken its place, and has as much time to end
+            if holder not in (0, found.st_mtime_ns):  # another agent holds it now, and has as much time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
                 remove(lock, found)
@@ -4106,10 +4091,7 @@ def serve(host: Host, background: bool = False) -> None:
 
 
 def serve_command(host: Host, command: list[str]) -> int:
-    """Run an agent and a command, then stop what its units have left running; return the exit status of the command.
-
-    Raises Refused, CommandError.
-    """
+    """Run an agent as long as a command runs; return the command's exit status. Raises Refused, CommandError."""
     with host:
         loop = Loop(PASSED_ON)
         host.accept()
@@ -5219,7 +5201,7 @@ LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked
 CHECK_EVERY = 5.0  # seconds between two checks for processes that a successful command has left
 CHECK_OFTEN = 0.05  # seconds between two checks for processes that are being ended
 ERROR_EVERY = 1.0  # seconds between two reports of a probe's error to the agent
-LAST_WAIT = 2.0  # seconds after KILL in which a process must have ended
+LAST_WAIT = 2.0  # seconds after KILL until a process counts as one that cannot be killed
 
 WAITING = "waiting"  # for its first try, or the next one
 CHECKING = "checking"  # whether the probe succeeds already, before the command is run
@@ -5272,7 +5254,7 @@ class Task:
         self.why = ""  # why the latest try failed, or was ended
         self.kill_at = 0.0  # when to send KILL, in state ENDING
         self.stopped = ""  # why there will be no further try
-        self.reported = ""  # outcome of the unit: COMPLETED or FAILED
+        self.reported = ""  # the outcome of the unit, COMPLETED or FAILED, that we or others have reported
         self.runs_on = False  # whether the unit has its outcome, and the agent waits for `exited`
 
     def use_directory(self, path: str) -> None:
@@ -5326,7 +5308,7 @@ class Task:
 
     def next_due(self) -> float:
         """Return when the next action is due."""
-        return min(self.due.values()) if self.due else NEVER
+        return min(self.due.values(), default=NEVER)
 
     def begin(self) -> None:
         """Begin a try: check that the probe does not succeed yet, then run the command."""
@@ -5404,12 +5386,8 @@ class Task:
 
     def probed(self) -> None:
         """Report that the unit has completed, if its probe has succeeded."""
-        if self.prober and self.prober.ready() and self.waits_for_probe():
+        if self.prober and self.prober.ready() and self.state == RUNNING:
             self.complete()
-
-    def waits_for_probe(self) -> bool:
-        """Return whether the unit is to complete when its probe succeeds."""
-        return self.state == RUNNING and self.limits.ready != ""
 
     def close_prober(self, ended: bool = True) -> None:
         """Stop probing; a notify socket is read until the command has `ended`."""
@@ -5444,8 +5422,8 @@ class Task:
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
-            self.due.update(dict.fromkeys(self.due, 0.0))
-        elif self.waits_for_probe():
+            self.due = dict.fromkeys(self.due, 0.0)
+        elif self.state == RUNNING and self.limits.ready:
             to_background = code == 0 and self.limits.ready != "notify"
             hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
             self.end(f"ended before it was ready ({exit_text(code)}){hint}")
@@ -5670,7 +5648,7 @@ class Run(Task):
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
-        else:  # what is left of it is being ended
+        else:  # only processes that it has left: end them at once
             self.end("", by=0.0)
 
     def notified(self, method: str, params: Answer) -> None:
@@ -5764,7 +5742,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     finally:  # commands of probes do not outlive us
         for prober in probers:
             prober.close()
-        loop.give_back()
+        loop.restore_signals()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6323,9 +6301,6 @@ class Job(Task):
         streams = [(os.POSIX_SPAWN_DUP2, write, fd) for fd in (1, 2)]  # 0 is /dev/null already
         try:
             return spawn(self.command, env, own_session=True, file_actions=streams)
-        except OSError:
-            self.stream.close()
-            raise
         finally:
             os.close(write)
 
@@ -6524,7 +6499,7 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        due = min(now + 60, self.report_at, self.retire_at, self.link.keep_time(now))
+        due = min(self.report_at, self.retire_at, self.link.keep_time(now))
         return min([due, *(job.next_due() for job in self.active.values())])
 
     def patience(self) -> float:
@@ -6751,7 +6726,6 @@ class Front:
         self.received = b""  # from the background process
         self.ended: list[int] = []  # its exit status
         self.signal = 0
-        os.set_blocking(link, False)
         loop.children[pid] = self.background_ended
         loop.watch(link, self.receive)
 
@@ -6764,10 +6738,7 @@ class Front:
 
     def receive(self) -> None:
         """Receive an exit status; the second one ends COMMAND."""
-        try:
-            data = os.read(self.link, 100)
-        except OSError:
-            data = b""
+        data = os.read(self.link, 100)
         self.received += data
         if not data:
             self.loop.forget(self.link)
@@ -6804,7 +6775,7 @@ class Front:
         code = self.ended[0] if self.ended else self.received[-1]
         if self.command and not self.ended:
             return self.run_command(code)
-        self.loop.give_back()
+        self.loop.restore_signals()
         if self.command and code == 0:
             become(self.command)
         return shell_status(code)
@@ -6949,7 +6920,7 @@ def install(path: str, python: str) -> str:
     if exists and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     temporary = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that the temporary file is removed
+    for number in not_ignored((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, which removes the file
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if exists:
@@ -7239,7 +7210,7 @@ def cmd_boot(args: Args) -> int:
     finally:
         if not child:
             remove_directory(directory)
-    boot.loop.give_back()
+    boot.loop.restore_signals()
     return code
 
 
