@@ -1774,13 +1774,13 @@ def in_background() -> tuple[int, int]:
     return 0, front
 
 
-# -- signals, and how a command is run------------------------------------------------------------------------
+# -- signals, and how a command is run ---------------------------------------------------------------------
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # end an agent without a command
 PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # go to the command, if there is one
 
 
-def heeded(numbers: Iterable[int]) -> list[int]:
-    """Return signals without those that our parent has set to be ignored, as nohup(1) does; TERM is kept."""
+def not_ignored(numbers: Iterable[int]) -> list[int]:
+    """Return signals without those that our parent has set to be ignored, as nohup(1) does, but with TERM."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -1871,7 +1871,8 @@ class Family:
 
     def terminate_others(self) -> None:
         """Send TERM to all processes but the first."""
-        for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
+        group = [-self.pid] if not self._known and self.has_group() else []  # there is no /proc
+        for pid in self._others() or group:
             signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
@@ -1884,13 +1885,13 @@ class Loop:
     """The event loop of the main thread: signals, ends of children, file descriptors, and a time.
 
     Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with the other file
-    descriptors: so no signal is missed between two polls. Until `give_back`, signals have no other effect.
+    descriptors: so no signal is missed between two polls. Until `restore_signals`, signals have no other effect.
     """
 
     def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
-        self.numbers = heeded(numbers)
+        self.numbers = not_ignored(numbers)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> callback for its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None  # as of the present turn
@@ -1935,7 +1936,7 @@ class Loop:
             if self._handlers.pop(fd, None):
                 self._poll.unregister(fd)
 
-    def give_back(self) -> None:
+    def restore_signals(self) -> None:
         """Restore the handlers of signals, as needed before exec.
 
         Raises SystemExit(128+N) if signal N, which is not SIGWINCH, was received after the last turn.
@@ -2084,7 +2085,7 @@ def is_variable(name: str) -> bool:
 #     delivered       a plain claim, when the client has the answer; until then the other claims stay in line
 #     end             a held claim, when its unit has ended
 #     end, exit       a supervisor's claim, when its unit and the command have ended; the command of a service runs on
-#     end_claims      any claim, also in line, when its time is up, or its client or its process is gone
+#     end_claims      any claim, also while it waits, when its time is up, or its client or its process is gone
 # Invariants: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
 # of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started, or has
 # failed and its claim lasts; a unit whose command runs on has a holder; a unit in `stopping` has one, a supervisor's.
@@ -2172,7 +2173,7 @@ class Unit:
         return self.holder or next(iter(self.line), None)
 
     def is_taken(self) -> bool:
-        """Return whether a further start is refused. While an answer is being delivered it may stand in line."""
+        """Return whether a further start is refused; it may wait in line while an answer is being delivered."""
         if self.status in ENDED:
             return self.holder is not None
         return self.status == STARTED and (self.holder is None or self.holder.delivered)
@@ -2193,8 +2194,8 @@ class Unit:
     def lacks(self) -> Iterator[tuple[Unit, str | Lock]]:
         """Iterate over what keeps the unit from starting, as pairs.
 
-        First a dependency and its requirement that is not met; then the unit itself and START, while the answer to an
-        earlier start is being delivered; then, if no dependency is unmet, a unit and the lock that it has.
+        (dependency, requirement that it does not meet); (the unit itself, START) while the answer to an earlier start
+        is being delivered; (unit that has or gets the lock first, lock) if no dependency is unmet.
         """
         if self.unmet:
             yield from ((d, requirement) for d, requirement in self.wants.items() if d.status not in MEETS[requirement])
@@ -2322,10 +2323,7 @@ class Units:
     # -- what callers may do ------------------------------------------------------------------------------
 
     def want(self, name: str, dependencies: Iterable[str], requires: str = SUCCESS) -> Unit:
-        """Register `name` and make it depend on all of `dependencies`; if one is refused, on none of them.
-
-        Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
-        """
+        """Register `name` and make it depend on all of `dependencies`, or on none and raise CycleError or Refused."""
         (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), ())])
         self._settle_all(unit)
         return unit
@@ -2397,14 +2395,13 @@ class Units:
     def end(self, name: str, outcome: Outcome, by: Owner | None = None, claim: Claim | None = None) -> str:
         """End a unit, with the claim that holds it, unless that is a supervisor's whose command may still run.
 
-        `by` and `claim` are the reporter and its claim on the unit, if it has one. Returns the status of the unit.
-        Raises NotRegistered; Refused if the unit has ended otherwise, is being stopped, leaves too many variables, or
-        if the start of `by` was refused.
+        `by` and `claim` are the reporter and its claim, if any. Returns the status of the unit. Raises NotRegistered;
+        Refused if the unit has another outcome, is being stopped or leaves too much, or if `by` may not report.
         """
         unit, status = self._registered(name), outcome.status
         before, reason, stopping = unit.status, unit.facts.reason, unit in self.stopping
         holder = claim if claim and claim.held and claim is unit.holder else None
-        supervisor = None if holder else unit.supervisor()
+        other = None if holder else unit.holder  # the claim of somebody else
         self._check_environment(unit, outcome.env)
         if not holder:
             self._check_report(unit, status, by)
@@ -2413,16 +2410,16 @@ class Units:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            if supervisor and not supervisor.boot:  # a boot is notified of every status
-                self.answer(supervisor, Notice("unit", {"unit": name, "status": status}))
+            if other and other.supervisor and not other.boot:  # a boot is notified of every status
+                self.answer(other, Notice("unit", {"unit": name, "status": status}))
         if holder and not outcome.running:
             self.exit(holder, outcome.reason, outcome.exit_code or int(status == FAILED))
         elif holder and not stopping:
             self.run_on(holder)
-        elif unit.holder and not unit.holder.supervisor:
+        elif other and not other.supervisor:
             self._end_holder(unit)
         self._settle_all()
-        if before in ENDED and before == unit.status != status and not (holder and stopping):
+        if before in ENDED and unit.status == before != status and not (holder and stopping):
             why = f" ({reason})" if reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
@@ -2431,8 +2428,7 @@ class Units:
     def exit(self, claim: Claim, reason: str, code: int, stopped: bool = False) -> None:
         """End the claim of a supervisor, since no process of the command is left.
 
-        If it ran on, its unit fails: with `stopped`, because its supervisor was told to end it, or else, with another
-        `code` than 0, because it died.
+        If it ran on, the unit fails: stopped, if the supervisor was told to end it, or died, if `code` is not 0.
         """
         unit, ran_on = claim.unit, claim.unit.facts.running_on
         stopped = unit in self.stopping or (stopped and ran_on)
@@ -2464,8 +2460,8 @@ class Units:
         self._check_waits(0 if ticket is None else 1)  # without a ticket it is the agent's own, at its end
         named = dict.fromkeys(self._selected(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
-        alone = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
-        cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
+        others = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
+        cannot = [row for unit, row in others.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
         self._join(stop)
@@ -2580,7 +2576,7 @@ class Units:
         return sorted((row for row in self.graph().nodes if row.unit_name in shown), key=lambda row: row.unit_name)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return the variables that the dependencies of a unit leave it; later ones win. Raises NotRegistered."""
+        """Return the variables left by all dependencies of a unit; the last in the graph wins. Raises NotRegistered."""
         unit = self._registered(name)
         merged: dict[str, str] = {}
         for other in in_order(unit.wants, lambda unit: unit.wants) if self.has_environment else ():
@@ -2771,7 +2767,7 @@ class Units:
 
         Raises CycleError or Refused, which is remembered for `why`.
         """
-        known = len(self.units)
+        count = len(self.units)
         try:
             units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
             edges = {unit: self._edges(unit, wants, replace) for unit, (_, wants, _) in zip(units, members)}
@@ -2782,11 +2778,11 @@ class Units:
             suspects = [unit for unit in changed if replace or unit.wanted_by or unit in edges[unit]]
             in_order(suspects, lambda unit: edges.get(unit, unit.wants))
         except SyncError as error:
-            for name in [*self.units][known:]:
-                del self.units[name]
-            about = error.data[0] if isinstance(error, CycleError) else members[0][0]
-            if about:
-                self.refusals[about] = one_line(str(error))
+            for new in [*self.units][count:]:
+                del self.units[new]
+            name = error.data[0] if isinstance(error, CycleError) else members[0][0]
+            if name:
+                self.refusals[name] = one_line(str(error))
                 if len(self.refusals) > 1000:
                     del self.refusals[next(iter(self.refusals))]
             raise
@@ -2891,10 +2887,8 @@ class Units:
 
     def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
         """Return in words what a unit lacks, five items at most; `mark` names that are not registered."""
-        from itertools import islice
-
         words = []
-        for other, need in islice(unit.lacks(), 5):
+        for _, (other, need) in zip(range(5), unit.lacks()):
             if isinstance(need, Lock):
                 words.append(f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}")
             else:
@@ -3088,10 +3082,7 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines with a time, written to standard error or a file by a thread, so that no caller waits.
-
-    Lines that cannot be written are counted, and the next line gives their number.
-    """
+    """The agent's log. A thread writes it, so that no caller waits; lost lines are counted in the next one."""
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         """Open the file, if there is one. Raises OSError, or RuntimeError if no thread can be started."""
@@ -3253,10 +3244,7 @@ class Connection:
             self.wake_up.wake()
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
-        """Return the peer, if it is to hold a unit, else the script that called it, or None if that is unknown.
-
-        `parent` is the pid of the script as the peer says, for systems without /proc.
-        """
+        """Return the peer, if it is to hold a unit, else the script that called it; without /proc that is `parent`."""
         pid = who_is_at(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
@@ -3776,10 +3764,7 @@ QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # methods that
 
 
 def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) -> Any:
-    """Return a socketserver on a listening socket, with a thread for each connection, and at most `most` of them.
-
-    The requests of socketserver are Connections here. `look` is called now and then, and after each new connection.
-    """
+    """Return a socketserver whose requests are Connections, at most `most`. It calls `look` every few seconds."""
     import _thread
     import socketserver
 
@@ -3833,8 +3818,8 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
                 trace = error.__traceback__
                 while trace.tb_next:
                     trace = trace.tb_next
-                said = f"internal error at line {trace.tb_lineno}: {one_line(repr(error))}; please report it"
-                agent.log.say(said, 0)
+                where = f"internal error at line {trace.tb_lineno}"
+                agent.log.say(f"{where}: {one_line(repr(error))}; please report it", 0)
 
     server = Server("", Handler, bind_and_activate=False)
     server.socket.close()
@@ -3916,7 +3901,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
                 pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
-            if holder not in (0, found.st_mtime_ns):  # another agent has taken its place, and has as much time to end
+            if holder not in (0, found.st_mtime_ns):  # another agent holds it now, and has as much time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
                 remove(lock, found)
@@ -4096,10 +4081,7 @@ def serve(host: Host, background: bool = False) -> None:
 
 
 def serve_command(host: Host, command: list[str]) -> int:
-    """Run an agent and a command, then stop what its units have left running; return the exit status of the command.
-
-    Raises Refused, CommandError.
-    """
+    """Run an agent as long as a command runs; return the command's exit status. Raises Refused, CommandError."""
     with host:
         loop = Loop(PASSED_ON)
         host.accept()
@@ -5214,7 +5196,7 @@ LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked
 CHECK_EVERY = 5.0  # seconds between two checks for processes that a successful command has left
 CHECK_OFTEN = 0.05  # seconds between two checks for processes that are being ended
 ERROR_EVERY = 1.0  # seconds between two reports of a probe's error to the agent
-LAST_WAIT = 2.0  # seconds after KILL in which a process must have ended
+LAST_WAIT = 2.0  # seconds after KILL until a process counts as one that cannot be killed
 
 WAITING = "waiting"  # for its first try, or the next one
 CHECKING = "checking"  # whether the probe succeeds already, before the command is run
@@ -5267,7 +5249,7 @@ class Task:
         self.why = ""  # why the latest try failed, or was ended
         self.kill_at = 0.0  # when to send KILL, in state ENDING
         self.stopped = ""  # why there will be no further try
-        self.reported = ""  # outcome of the unit: COMPLETED or FAILED
+        self.reported = ""  # the outcome of the unit, COMPLETED or FAILED, that we or others have reported
         self.runs_on = False  # whether the unit has its outcome, and the agent waits for `exited`
 
     def use_directory(self, path: str) -> None:
@@ -5321,7 +5303,7 @@ class Task:
 
     def next_due(self) -> float:
         """Return when the next action is due."""
-        return min(self.due.values()) if self.due else NEVER
+        return min(self.due.values(), default=NEVER)
 
     def begin(self) -> None:
         """Begin a try: check that the probe does not succeed yet, then run the command."""
@@ -5399,12 +5381,8 @@ class Task:
 
     def probed(self) -> None:
         """Report that the unit has completed, if its probe has succeeded."""
-        if self.prober and self.prober.ready() and self.waits_for_probe():
+        if self.prober and self.prober.ready() and self.state == RUNNING:
             self.complete()
-
-    def waits_for_probe(self) -> bool:
-        """Return whether the unit is to complete when its probe succeeds."""
-        return self.state == RUNNING and self.limits.ready != ""
 
     def close_prober(self, ended: bool = True) -> None:
         """Stop probing; a notify socket is read until the command has `ended`."""
@@ -5439,8 +5417,8 @@ class Task:
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
-            self.due.update(dict.fromkeys(self.due, 0.0))
-        elif self.waits_for_probe():
+            self.due = dict.fromkeys(self.due, 0.0)
+        elif self.state == RUNNING and self.limits.ready:
             to_background = code == 0 and self.limits.ready != "notify"
             hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
             self.end(f"ended before it was ready ({exit_text(code)}){hint}")
@@ -5665,7 +5643,7 @@ class Run(Task):
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
-        else:  # what is left of it is being ended
+        else:  # only processes that it has left: end them at once
             self.end("", by=0.0)
 
     def notified(self, method: str, params: Answer) -> None:
@@ -5759,7 +5737,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     finally:  # commands of probes do not outlive us
         for prober in probers:
             prober.close()
-        loop.give_back()
+        loop.restore_signals()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6318,9 +6296,6 @@ class Job(Task):
         streams = [(os.POSIX_SPAWN_DUP2, write, fd) for fd in (1, 2)]  # 0 is /dev/null already
         try:
             return spawn(self.command, env, own_session=True, file_actions=streams)
-        except OSError:
-            self.stream.close()
-            raise
         finally:
             os.close(write)
 
@@ -6519,7 +6494,7 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        due = min(now + 60, self.report_at, self.retire_at, self.link.keep_time(now))
+        due = min(self.report_at, self.retire_at, self.link.keep_time(now))
         return min([due, *(job.next_due() for job in self.active.values())])
 
     def patience(self) -> float:
@@ -6746,7 +6721,6 @@ class Front:
         self.received = b""  # from the background process
         self.ended: list[int] = []  # its exit status
         self.signal = 0
-        os.set_blocking(link, False)
         loop.children[pid] = self.background_ended
         loop.watch(link, self.receive)
 
@@ -6759,10 +6733,7 @@ class Front:
 
     def receive(self) -> None:
         """Receive an exit status; the second one ends COMMAND."""
-        try:
-            data = os.read(self.link, 100)
-        except OSError:
-            data = b""
+        data = os.read(self.link, 100)
         self.received += data
         if not data:
             self.loop.forget(self.link)
@@ -6799,7 +6770,7 @@ class Front:
         code = self.ended[0] if self.ended else self.received[-1]
         if self.command and not self.ended:
             return self.run_command(code)
-        self.loop.give_back()
+        self.loop.restore_signals()
         if self.command and code == 0:
             become(self.command)
         return shell_status(code)
@@ -6857,13 +6828,13 @@ def own_channel(host: Host) -> Channel:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
-# bytecode, behind the lines of sh that make it executable. Like these, its __main__ calls `launch`. The bytecode is two
-# .pyc files, of the code above the cut and below it; the first is imported as the module, and loads the second. Where
-# another .pyc has the hash of its source, these have their length and half of their own hash.
+# Install. A copy of this file that is not compiled at each call is a zip application (PEP 441) of the source and its
+# bytecode, behind the lines of sh that make it executable; its __main__ calls `launch`, as these lines do. The bytecode
+# is two .pyc files, of the code above the cut and below it: the first is imported as the module and loads the second.
+# In place of the hash of the source, they have their length and half of their own hash.
 # ----------------------------------------------------------------------------------------------------------
 
-PLACE = 2048  # bytes for each: `python3 PATH` looks for __main__ where it was before the file was replaced
+PLACE = 2048  # bytes for the lines of sh, and for __main__: where a running `python3 PATH` looks for it, in any version
 COMPILE = f"""\
 import __future__
 import sys
@@ -6880,7 +6851,7 @@ COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)
 
 
 def slowness() -> str:
-    """Return what `serve` says in its log if each call compiles the source: a plain file, or another Python's copy."""
+    """Return advice for the log of `serve` if each call compiles the source: a plain file, or another Python's copy."""
     if slowness.__code__.co_filename == INSTALLED:
         return ""
     python = ".".join(map(str, sys.version_info[:2]))
@@ -6888,7 +6859,7 @@ def slowness() -> str:
 
 
 def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
-    """Return what an interpreter prints, in the same environment each time. Raises Refused if it fails."""
+    """Return the output of an interpreter, run without the user's settings for Python. Raises Refused if it fails."""
     import subprocess
 
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -6904,7 +6875,7 @@ def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
 
 
 def application(python: str) -> bytes:
-    """Return the copy to install, with the bytecode of an interpreter. Raises Refused, OSError."""
+    """Return the bytes of a copy with the bytecode of an interpreter. Raises Refused, OSError."""
     import shlex
     import zipfile
 
@@ -6932,18 +6903,18 @@ def application(python: str) -> bytes:
 
 
 def is_ours(data: bytes) -> bool:
-    """Return whether a file is a version of this program, plain or installed, undamaged or not."""
-    plain, copy = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS '), data.startswith(b"#!/bin/sh\n# coder_sync ")
-    return (plain and b"coder_sync.py serve" in data) or (copy and b", installed: a zip archive" in data[:100])
+    """Return whether a file is a version of this program, plain or installed, even if it is damaged."""
+    is_plain = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS ') and b"coder_sync.py serve" in data
+    return is_plain or (data.startswith(b"#!/bin/sh\n# coder_sync ") and b", installed: a zip archive" in data[:100])
 
 
 def install(path: str, python: str) -> str:
-    """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
+    """Write a copy to a temporary file, run it, and rename it to `path`; return the real path. Raises Refused."""
     path = os.path.realpath(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that nothing is left beside it
+    for number in not_ignored((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, which removes the file
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if os.path.exists(path):
@@ -6970,27 +6941,27 @@ def install(path: str, python: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. What `quick` does not read is parsed by argparse here; then the other commands.
+# Command line. argparse reads all command lines that `quick` does not; then the other commands.
 # ----------------------------------------------------------------------------------------------------------
 
 
 def usage_of(command: Command) -> str:
     """Return the usage line of a command."""
     forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    names = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
+    names = [forms[a.words.get("nargs")].format(a.words["metavar"]) for a in command.positionals]
     tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[command.tail]
     return " ".join([PROGRAM, command.name, *names, "[OPTION]..."]) + tail
 
 
 def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.ArgumentParser:
-    """Return argparse's parser for arguments of a command. It raises UsageError."""
+    """Return a parser for some arguments of a command, which raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
+    form: Any = argparse.RawDescriptionHelpFormatter  # which does not wrap the example
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
     parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
@@ -7001,7 +6972,7 @@ def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.Argum
 
 
 def command_first(argv: Sequence[str]) -> list[str]:
-    """Return a command line with its command in front of all options. Raises UsageError if there is none."""
+    """Return a command line with the command moved in front of the options. Raises UsageError if there is none."""
     words: list[str] = [*argv]
     options: list[str] = []
     commands = {"-h": "help", "--help": "help", "--version": "version"}
@@ -7021,7 +6992,7 @@ def command_first(argv: Sequence[str]) -> list[str]:
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, Args]:
-    """Parse a command line. Ends the process for --help. Raises UsageError."""
+    """Parse a command line with argparse; print the help page and exit for --help. Raises UsageError."""
     name, *words = command_first(argv)
     command, args = command_named(name), Args()
     words, args.command = split_tail(command, words)
@@ -7032,8 +7003,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
         if args.help:
             put(help_page(command))
             raise SystemExit(0)
-        for option in (name.partition("=")[0] for name in names if name[:1] == "-"):
-            raise UsageError(f"no such option: {ascii(option)[:40]}{meant(resembling(option, command.options))}")
+        unknown = next((name.partition("=")[0] for name in names if name[:1] == "-"), "")
+        if unknown:
+            raise UsageError(f"no such option: {ascii(unknown)[:40]}{meant(resembling(unknown, command.options))}")
         command.take(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
@@ -7046,7 +7018,7 @@ Command.parse = parse
 
 
 def help_page(command: Command) -> str:
-    """Return the help on a command."""
+    """Return the help page of a command."""
     return parser_of(command, command.arguments).format_help()
 
 
@@ -7073,7 +7045,7 @@ def group_id(name: str) -> int:
 
     try:
         number = int(name[:20]) if name.isdecimal() else grp.getgrnam(name).gr_gid
-        if number < (1 << 32) - 1:  # the last number stands for none
+        if number < (1 << 32) - 1:  # for chown(2), the last number means no change
             return number
     except KeyError:
         pass
@@ -7081,12 +7053,12 @@ def group_id(name: str) -> int:
 
 
 def output_option(*forms: str) -> Argument:
-    """Return the option that chooses one of several forms, the first by default."""
+    """Return the option --output; the first form is the default."""
     return Argument("-o", "--output", choices=forms, default=forms[0], help="form")
 
 
-def units_or(default: str) -> Argument:
-    """Return the positional for any number of units; `default` says what is meant if none is named."""
+def units_argument(default: str) -> Argument:
+    """Return the positional for any number of units; `default` says which units are meant without it."""
     return Argument("units", nargs="*", metavar="UNIT", help=f"names of units (default: {default})")
 
 
@@ -7094,7 +7066,7 @@ COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, se
 
 
 def timeline_writer(path: str) -> Callable[[Graph], None]:
-    """What writes the timeline to a file, in the form that its ending names. Raises UsageError, at once."""
+    """Return a function that writes the timeline to a file, in the form of its extension. Raises UsageError."""
     form = os.path.splitext(path)[1].lstrip(".")
     if form not in ("svg", "json", "txt"):
         raise UsageError(f"{printable(path)}: the name must end in .svg, .json or .txt")
@@ -7119,7 +7091,7 @@ TIMELINE = Argument("--timeline", type=timeline_writer, default=None, metavar="F
     QUIET,
     flag("-v", "--verbose", help="log every request"),
     flag("-d", "--detach", help="go to the background once connections are accepted"),
-    flag("--replace", help="end the agent that serves there, and take its place"),
+    flag("--replace", help=f"end the agent that serves there (its services have {GRACE:g} s), and take its place"),
     Argument("--log-file", metavar="FILE", help="write the log there (default: to standard error)"),
     Argument("--pid-file", metavar="FILE", help="write the process id there"),
     TIMELINE,
@@ -7131,44 +7103,48 @@ def cmd_serve(args: Args) -> int:
     """Run the agent: until a signal, or for the life of COMMAND on a private socket."""
     enabled = os.environ.get("CODER_AGENT_SOCKET_SERVER_ENABLED", "").lower()
     if enabled in ("false", "0", "no"):
-        put("not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is " + enabled + "\n", 2)
+        put(f"not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled}\n", 2)
         return supervise(Loop(), args.command, environment()) if args.command else 0
     if enabled not in ("", "true", "1", "yes"):
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    is_private = args.command and not args.socket_path  # the command's output is what matters
+    if not args.command:
+        serve(make_host(args, agent_path(args.socket_path)), args.detach)
+        return 0
+    directory = "" if args.socket_path else private_directory()
+    if not (args.socket_path or directory):
+        raise CommandError("cannot make a private socket: no directory is writable; name a --socket-path", 125)
+    try:
+        return serve_command(make_host(args, args.socket_path or directory + "/agent.sock"), args.command)
+    except Refused as error:
+        raise CommandError(str(error), 125) from None
+    finally:
+        remove_directory(directory)
+
+
+def make_host(args: Args, path: str) -> Host:
+    """Return the agent that the options of `serve` describe, which is to listen at a path."""
+    is_private = args.command and not args.socket_path
     level = 2 * args.verbose or int(not args.quiet and not is_private)
     if args.detach and not args.log_file:
         level = -1
-    options: dict[str, Any] = {
-        "mode": args.mode or (0o600 if args.group is None else 0o660),
-        "group": -1 if args.group is None else args.group,
-        "level": level,
-        "log_file": args.log_file and os.path.abspath(args.log_file),
-        "pid_file": args.pid_file and os.path.abspath(args.pid_file),
-        "timeline": args.timeline,
-        "replace": make_room if args.replace else None,
-        "advice": slowness(),
-    }
-    if not args.command:
-        serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
-        return 0
-    from contextlib import ExitStack
-    from tempfile import TemporaryDirectory
-
-    try:
-        with ExitStack() as at_end:
-            path = args.socket_path or at_end.enter_context(TemporaryDirectory(prefix="coder-sync-")) + "/agent.sock"
-            return serve_command(Host(os.path.abspath(path), **options), args.command)
-    except OSError as error:
-        raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
-    except Refused as error:
-        raise CommandError(str(error), 125) from None
+    return Host(
+        os.path.abspath(path),
+        mode=args.mode or (0o600 if args.group is None else 0o660),
+        group=-1 if args.group is None else args.group,
+        level=level,
+        log_file=args.log_file and os.path.abspath(args.log_file),
+        pid_file=args.pid_file and os.path.abspath(args.pid_file),
+        replace=make_room if args.replace else None,
+        timeline=args.timeline,
+        alone=not args.command,
+        advice=slowness(),
+    )
 
 
 def make_room(path: str) -> bool:
-    """Tell the agent at a path to end, if there is one; return False if it does not answer for 3 seconds."""
+    """Tell the agent at a path, if there is one, to end; return False if it has not answered after 3 seconds."""
     answered, began = False, time.monotonic()
     try:
         with Channel(path) as channel:
@@ -7197,7 +7173,7 @@ def cmd_ping(args: Args) -> None:
     flag("--check", help="only check the headers, and show the order"),
     flag("--resume", help="do not run again what the agent has as completed"),
     flag("--fail-fast", help="stop everything at the first failure"),
-    Argument("--grace", type=duration, default="8s", metavar="DURATION", help="time to end when told to"),
+    Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end when told to"),
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
     TIMELINE,
     flag("--always", help="become COMMAND even if a unit failed"),
@@ -7207,12 +7183,12 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
-    path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
+    path = os.path.abspath(agent_path(args.socket_path))  # scripts may change their working directory
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
-        forgotten = not args.command and not all(map(os.path.exists, args.paths[1:]))
-        hint = "\ndid you forget -- before the command?" if forgotten else ""
+        may_be_command = not args.command and not all(map(os.path.exists, args.paths[1:]))
+        hint = "\ndid you forget -- before the command?" if may_be_command else ""
         raise UsageError(f"nothing was run:\n{error}{hint}") from None
     if args.check:
         put(plan_text(scripts))
@@ -7221,22 +7197,22 @@ def cmd_boot(args: Args) -> int:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
     if not scripts:
         become(args.command)
-    given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
-    given["command"] = args.command[0] if args.command else ""
+    values = {**vars(args), "command": [*args.command, ""][0]}
+    options = BootOptions(**{name: values[name] for name in BootOptions._fields})
     loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # until the background process has its own Loop
     directory, child = private_directory(), 0
     try:
         child, link = in_background()
         if child:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             return Front(loop, child, link, directory, args.command, args.grace).run(args.stay)
-        boot = Boot(scripts, BootOptions(**given), link, directory)
+        boot = Boot(scripts, options, link, directory)
         code = boot_at(path, boot)
     finally:
         if not child:
             remove_directory(directory)
-    boot.loop.give_back()
+    boot.loop.restore_signals()
     return code
 
 
@@ -7251,17 +7227,18 @@ def cmd_install(args: Args) -> None:
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    if python:
+        return
     try:
-        tag = "import sys; print(sys.implementation.cache_tag)"
-        other = not python and ask_python("python3", "-IS", "-c", tag).decode().strip() != sys.implementation.cache_tag
-    except Refused:  # there is none
-        other = True
-    if other:
+        tag = ask_python("python3", "-IS", "-c", "import sys; print(sys.implementation.cache_tag)").decode().strip()
+    except Refused:
+        tag = ""
+    if tag != sys.implementation.cache_tag:
         which = "which is another Python, or not there"
         put(f"warning: calls start `python3`, {which}; if it is to be this one: --python {sys.executable}\n", 2)
 
 
-@Command("reset pip-install", units_or("all"), QUIET)
+@Command("reset pip-install", units_argument("all"), QUIET)
 def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = make_client(args).reset(*args.units)
@@ -7270,7 +7247,7 @@ def cmd_reset(args: Args) -> None:
 
 @Command(
     "stop db --grace 30s",
-    units_or("all"),
+    units_argument("all"),
     Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end before KILL"),
     QUIET,
 )
@@ -7287,7 +7264,7 @@ def cmd_stop(args: Args) -> None:
 
 @Command("shutdown", QUIET)
 def cmd_shutdown(args: Args) -> None:
-    """End the agent, and return when it has ended."""
+    """End the agent, and return when it has ended; services have 8 s to end."""
     client = make_client(args)
     client.shutdown()
     say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
@@ -7295,7 +7272,7 @@ def cmd_shutdown(args: Args) -> None:
 
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
-    """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
+    """Print the variables that the dependencies of UNIT have left for it, for `eval`."""
     lines = []
     for name, value in make_client(args).env(args.unit).items():
         if not is_variable(name):
@@ -7324,7 +7301,7 @@ def cmd_list(args: Args) -> None:
     put(json_text(plain_units(units, LIST_KEYS)) if args.output == "json" else list_text(units, args.column))
 
 
-@Command("why pip-install", units_or("all that is stuck"))
+@Command("why pip-install", units_argument("all that is stuck"))
 def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
@@ -7342,6 +7319,7 @@ def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
     if args.output != "text" and (args.blame or args.compare):
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
+    graph = make_client(args).graph()
     if args.compare:
         try:
             with open(open_file(args.compare), "rb") as f:
@@ -7349,8 +7327,6 @@ def cmd_timeline(args: Args) -> None:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
-    graph = make_client(args).graph()
-    if args.compare:
         put(compare_text(before, Startup(graph)))
     elif args.blame:
         put(blame_text(graph, terminal()[0]))
@@ -7360,7 +7336,7 @@ def cmd_timeline(args: Args) -> None:
         put(timeline_as(args.output, graph))
 
 
-@Command("graph pip-install --output mermaid", units_or("all"), output_option("tree", "dot", "mermaid", "json"))
+@Command("graph pip-install --output mermaid", units_argument("all"), output_option("tree", "dot", "mermaid", "json"))
 def cmd_graph(args: Args) -> None:
     """Show what depends on what, for all units or for some."""
     graph = part_of(make_client(args).graph(), args.units)
@@ -7421,22 +7397,22 @@ def help_exit_codes() -> str:
     return (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n"
 
 
-def help_json() -> str:
-    """Return the help on what is printed as JSON."""
+def key_comments(kind: type[Record]) -> dict[str, str]:
+    """Return the keys of a record in JSON, each with its comment in the source."""
     import re
 
     with open(FILE, "rb") as file:
         source = source_in(file.read()).decode()
+    fields = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
+    comments = re.findall(r"^    (\w+): .*?(?:  # (.*))?$", fields, re.M)
+    return {key: text for key, text in comments if key not in NOT_SENT}
 
-    def keys(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
-        body = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
-        found = dict(re.findall(r"^    (\w+): .*?(?:  # (.*))?$", body, re.M))
-        return {name: text for name, text in found.items() if name not in NOT_SENT}
 
-    rows = [
-        [key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), text]
-        for key, text in keys(UnitStatus).items()
-    ]
+def help_json() -> str:
+    """Return the help on what is printed as JSON."""
+    rows = []
+    for key, comment in key_comments(UnitStatus).items():
+        rows.append([key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), comment])
     text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
@@ -7447,8 +7423,9 @@ Times, as "started", are seconds since the agent began, in a timeline since the 
 not been is null. Newer versions may add keys.
 """
     events = "what `events` prints, one object a line"
-    for what, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
-        text += f"\nKeys of {what}:\n" + "".join(f"  {key.ljust(17)} {about}\n" for key, about in keys(kind).items())
+    for title, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
+        lines = [f"  {key.ljust(17)} {comment}\n" for key, comment in key_comments(kind).items()]
+        text += f"\nKeys of {title}:\n" + "".join(lines)
     return text
 
 
@@ -7545,24 +7522,19 @@ def cmd_completion(args: Args) -> None:
     """Print a script with which a shell completes our command lines."""
     import shlex
 
-    if args.command:
-        line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
-        if args.shell == "bash" and point.isdecimal() and len(point) < 10:
-            typed = os.fsencode(line)[: int(point)].decode(errors="surrogateescape")
-            found = bash_candidates(typed, [*args.command, ""][1])
-        else:
-            found = candidates(args.command)
-        put("".join(word + "\n" for word in found))
+    if not args.command:
+        path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
+        put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
-    put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
+    found = candidates(args.command)
+    if args.shell == "bash":
+        line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
+        found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
+    put("".join(word + "\n" for word in found))
 
 
 def bash_candidates(line: str, word: str) -> list[str]:
-    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`.
-
-    Nothing inside of quotes.
-    """
+    """Return what may replace `word`, the end of `line` behind a `:` or `=`, quoted for bash; nothing inside quotes."""
     import re
     import shlex
 
@@ -7571,35 +7543,32 @@ def bash_candidates(line: str, word: str) -> list[str]:
     except ValueError:  # a quote is open
         return []
     words += [""] if line[-1:].isspace() else []
-    done = len(words[-1]) - len(word.replace("\\", ""))
-    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[done:]) for found in candidates(words[1:])]
+    size = len(words[-1]) - len(word.replace("\\", ""))  # of the part that bash leaves as it is
+    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[size:]) for found in candidates(words[1:])]
 
 
 def candidates(words: Sequence[str]) -> list[str]:
-    """Return what the last word of a command line may become; nothing where it is a file, or not ours to know."""
+    """Return what the last word of a command line may become: options, choices, commands, units."""
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    option, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
-    before += [option] * bool(equals)
-    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": the last word is it
     try:
         command = commands.get(command_first([*before, ""])[0])
     except UsageError:
         return []
     if command is None or "--" in before:
         return []
-    asked = command.positionals
-    if before and before[-1] in command.options and command.options[before[-1]].takes_value:
-        asked = [command.options[before[-1]]]
-    found = [*command.options] if last[:1] == "-" else []
-    found += [choice for argument in asked for choice in argument.words.get("choices", ())]
-    metavars = {argument.words.get("metavar") for argument in asked}
+    option = command.options.get(before[-1]) if before else None
+    arguments = [option] if option and option.takes_value else command.positionals
+    found = [*command.options] if words[-1][:1] == "-" else []
+    found += [choice for argument in arguments for choice in argument.words.get("choices", ())]
+    metavars = {argument.words.get("metavar") for argument in arguments}
     found += [*COMMANDS, *TOPICS] if "TOPIC" in metavars else []
     found += known_units(before) if metavars & {"UNIT", "DEP"} else []
-    return [option + equals + word for word in found if word.startswith(last)]
+    return [word for word in found if word.startswith(words[-1])]
 
 
 def known_units(words: Sequence[str]) -> list[str]:
-    """The names that the agent of a command line knows; none if there is no agent, or it does not answer at once."""
+    """Return the units of the agent that a command line addresses; none if it does not answer within a second."""
     try:
         path = Client(dict(zip(words, words[1:])).get("--socket-path", "")).socket_path
         with Channel(path) as channel:
