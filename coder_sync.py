@@ -128,7 +128,7 @@ def exit_on_signals():  # type: () -> None
 
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(each) != signal.SIG_IGN:
-            signal.signal(each, lambda number, frame: posix._exit(128 + number))  # callbacks may drop an exception
+            signal.signal(each, lambda got, frame: posix._exit(128 + got))  # a callback may drop an exception
 
 
 def launch():  # type: () -> None
@@ -709,7 +709,7 @@ class Channel:
         self.sock: Any = sock or connected(path, connect_timeout)
         self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
-        self._warned = False  # that variables are not taken
+        self._warned = False  # by `as_answer`
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
             self.close()
             who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
@@ -751,7 +751,7 @@ class Channel:
         return message
 
     def expect(self, quiet: float = 0.0, deadline: float = NEVER) -> dict[str, Any] | None:
-        """Return the next message, or None at the time `deadline`.
+        """Return the next message, or None at `deadline`.
 
         The agent may be silent for `quiet` seconds. It is named in a warning NAMED_AFTER seconds later, and taken for
         gone REPLY_TIMEOUT seconds later: raises Unreachable.
