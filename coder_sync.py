@@ -6309,9 +6309,6 @@ class Job(Task):
         streams = [(os.POSIX_SPAWN_DUP2, write, fd) for fd in (1, 2)]  # 0 is /dev/null already
         try:
             return spawn(self.command, env, own_session=True, file_actions=streams)
-        except OSError:
-            self.stream.close()
-            raise
         finally:
             os.close(write)
 
@@ -6510,7 +6507,7 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        due = min(now + 60, self.report_at, self.retire_at, self.link.keep_time(now))
+        due = min(self.report_at, self.retire_at, self.link.keep_time(now))
         return min([due, *(job.next_due() for job in self.active.values())])
 
     def patience(self) -> float:
@@ -6737,7 +6734,6 @@ class Front:
         self.received = b""  # from the background process
         self.ended: list[int] = []  # its exit status
         self.signal = 0
-        os.set_blocking(link, False)
         loop.children[pid] = self.background_ended
         loop.watch(link, self.receive)
 
@@ -6750,10 +6746,7 @@ class Front:
 
     def receive(self) -> None:
         """Receive an exit status; the second one ends COMMAND."""
-        try:
-            data = os.read(self.link, 100)
-        except OSError:
-            data = b""
+        data = os.read(self.link, 100)
         self.received += data
         if not data:
             self.loop.forget(self.link)
