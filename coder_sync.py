@@ -1784,13 +1784,13 @@ def in_background() -> tuple[int, int]:
     return 0, front
 
 
-# -- signals, and how a command is run------------------------------------------------------------------------
+# -- signals, and how a command is run ---------------------------------------------------------------------
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # end an agent without a command
 PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # go to the command, if there is one
 
 
-def heeded(numbers: Iterable[int]) -> list[int]:
-    """Return signals without those that our parent has set to be ignored, as nohup(1) does; TERM is kept."""
+def not_ignored(numbers: Iterable[int]) -> list[int]:
+    """Return signals without those that our parent has set to be ignored, as nohup(1) does, but with TERM."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -1881,7 +1881,8 @@ class Family:
 
     def terminate_others(self) -> None:
         """Send TERM to all processes but the first."""
-        for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
+        group = [-self.pid] if not self._known and self.has_group() else []  # there is no /proc
+        for pid in self._others() or group:
             signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
@@ -1894,13 +1895,13 @@ class Loop:
     """The event loop of the main thread: signals, ends of children, file descriptors, and a time.
 
     Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with the other file
-    descriptors: so no signal is missed between two polls. Until `give_back`, signals have no other effect.
+    descriptors: so no signal is missed between two polls. Until `restore_signals`, signals have no other effect.
     """
 
     def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
-        self.numbers = heeded(numbers)
+        self.numbers = not_ignored(numbers)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> callback for its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None  # as of the present turn
@@ -1945,7 +1946,7 @@ class Loop:
             if self._handlers.pop(fd, None):
                 self._poll.unregister(fd)
 
-    def give_back(self) -> None:
+    def restore_signals(self) -> None:
         """Restore the handlers of signals, as needed before exec.
 
         Raises SystemExit(128+N) if signal N, which is not SIGWINCH, was received after the last turn.
@@ -5205,7 +5206,7 @@ LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked
 CHECK_EVERY = 5.0  # seconds between two checks for processes that a successful command has left
 CHECK_OFTEN = 0.05  # seconds between two checks for processes that are being ended
 ERROR_EVERY = 1.0  # seconds between two reports of a probe's error to the agent
-LAST_WAIT = 2.0  # seconds after KILL in which a process must have ended
+LAST_WAIT = 2.0  # seconds after KILL until a process counts as one that cannot be killed
 
 WAITING = "waiting"  # for its first try, or the next one
 CHECKING = "checking"  # whether the probe succeeds already, before the command is run
@@ -5258,7 +5259,7 @@ class Task:
         self.why = ""  # why the latest try failed, or was ended
         self.kill_at = 0.0  # when to send KILL, in state ENDING
         self.stopped = ""  # why there will be no further try
-        self.reported = ""  # outcome of the unit: COMPLETED or FAILED
+        self.reported = ""  # the outcome of the unit, COMPLETED or FAILED, that we or others have reported
         self.runs_on = False  # whether the unit has its outcome, and the agent waits for `exited`
 
     def use_directory(self, path: str) -> None:
@@ -5312,7 +5313,7 @@ class Task:
 
     def next_due(self) -> float:
         """Return when the next action is due."""
-        return min(self.due.values()) if self.due else NEVER
+        return min(self.due.values(), default=NEVER)
 
     def begin(self) -> None:
         """Begin a try: check that the probe does not succeed yet, then run the command."""
@@ -5390,12 +5391,8 @@ class Task:
 
     def probed(self) -> None:
         """Report that the unit has completed, if its probe has succeeded."""
-        if self.prober and self.prober.ready() and self.waits_for_probe():
+        if self.prober and self.prober.ready() and self.state == RUNNING:
             self.complete()
-
-    def waits_for_probe(self) -> bool:
-        """Return whether the unit is to complete when its probe succeeds."""
-        return self.state == RUNNING and self.limits.ready != ""
 
     def close_prober(self, ended: bool = True) -> None:
         """Stop probing; a notify socket is read until the command has `ended`."""
@@ -5430,8 +5427,8 @@ class Task:
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
-            self.due.update(dict.fromkeys(self.due, 0.0))
-        elif self.waits_for_probe():
+            self.due = dict.fromkeys(self.due, 0.0)
+        elif self.state == RUNNING and self.limits.ready:
             to_background = code == 0 and self.limits.ready != "notify"
             hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
             self.end(f"ended before it was ready ({exit_text(code)}){hint}")
@@ -5656,7 +5653,7 @@ class Run(Task):
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
-        else:  # what is left of it is being ended
+        else:  # only processes that it has left: end them at once
             self.end("", by=0.0)
 
     def notified(self, method: str, params: Answer) -> None:
@@ -5750,7 +5747,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     finally:  # commands of probes do not outlive us
         for prober in probers:
             prober.close()
-        loop.give_back()
+        loop.restore_signals()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6783,7 +6780,7 @@ class Front:
         code = self.ended[0] if self.ended else self.received[-1]
         if self.command and not self.ended:
             return self.run_command(code)
-        self.loop.give_back()
+        self.loop.restore_signals()
         if self.command and code == 0:
             become(self.command)
         return shell_status(code)
@@ -6927,7 +6924,7 @@ def install(path: str, python: str) -> str:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
     beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that the temporary file is removed
+    for number in not_ignored((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, which removes the file
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
         if os.path.exists(path):
@@ -7225,7 +7222,7 @@ def cmd_boot(args: Args) -> int:
     finally:
         if not child:
             remove_directory(directory)
-    boot.loop.give_back()
+    boot.loop.restore_signals()
     return code
 
 

@@ -3375,7 +3375,7 @@ usual = signal.pthread_sigmask(signal.SIG_BLOCK, [15])
 loop = coder_sync.Loop((15, 28))
 os.kill(os.getpid(), {})
 try:
-    loop.give_back()
+    loop.restore_signals()
 finally:
     unchanged = {{signal.getsignal(number) for number in (15, 28, signal.SIGCHLD)}} == {{signal.SIG_DFL}}
     print(unchanged, signal.pthread_sigmask(signal.SIG_BLOCK, []) == usual, flush=True)
