@@ -2168,7 +2168,7 @@ class Unit:
         self.unmet = 0  # number of dependencies whose requirement is not met
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.locks: tuple[Lock, ...] = ()  # that it has, or in whose lines it stands
+        self.locks: tuple[Lock, ...] = ()  # locks that it has or waits for
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.forget_run()
 
@@ -2204,10 +2204,10 @@ class Unit:
         return f'unit "{self.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
 
     def lacks(self) -> Iterator[tuple[Unit, str | Lock]]:
-        """Iterate over what keeps the unit from starting, as pairs.
+        """Iterate over what keeps the unit from starting.
 
-        (dependency, requirement that it does not meet); (the unit itself, START) while the answer to an earlier start
-        is being delivered; (unit that has or gets the lock first, lock) if no dependency is unmet.
+        Yields (dependency, requirement that it does not meet); (this unit, START), while the answer to an earlier start
+        is being delivered; and, if no dependency is unmet, (unit that has a lock or gets it first, lock).
         """
         if self.unmet:
             yield from ((d, requirement) for d, requirement in self.wants.items() if d.status not in MEETS[requirement])
@@ -2324,7 +2324,7 @@ class Units:
         self.waits = 0  # claims in line, except those of boots
         self.events: dict[int, Event] = {}  # by number
         self.seq = 0  # number of the last event
-        self.locks: dict[str, Lock] = {}  # that a unit has or waits for
+        self.locks: dict[str, Lock] = {}  # locks that units have or wait for, by name
         self.has_environment = False  # whether any unit has left variables
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
         self.stopping: dict[Unit, StopOrder] = {}
@@ -2662,7 +2662,7 @@ class Units:
             self.answer(claim, answer)
 
     def _settle_all(self, *units: Unit) -> None:
-        """Settle units, then those that wait for a lock which has a place again, then those that a change affects."""
+        """Settle these units, then the units that wait for freed locks, then the units that changes affect."""
         for unit in units:
             self._settle(unit)
         while self._freed or self._affected:  # no recursion, since chains may be long
@@ -2679,10 +2679,10 @@ class Units:
             self.keep_time()
 
     def _set(self, unit: Unit, outcome: Outcome) -> None:
-        """Give a unit a status, which nothing else does, and update `unmet` of its dependents."""
+        """Set the status of a unit; no other method does. Update `unmet` of its dependents."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
-        if status != STARTED and not (status == FAILED and unit.holder):  # that keeps its locks until its claim ends
+        if status != STARTED and not (status == FAILED and unit.holder):  # else its claim keeps the locks
             self._free(unit)
         if status == PENDING:
             unit.forget_run()
@@ -2827,7 +2827,7 @@ class Units:
         return edges
 
     def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
-        """Give a unit these edges in place of those that it had."""
+        """Replace the edges of a unit."""
         before, unit.wants = unit.wants, edges
         self.edges += len(edges) - len(before)
         unit.unmet = sum(other.status not in MEETS[requires] for other, requires in edges.items())
@@ -3289,7 +3289,7 @@ class Agent:
         self.leaving = False  # the agent is about to end, and takes no more claims
         self.owners: dict[Claim, io.FileIO | None] = {}  # claim of a `start --pid` -> pidfd of the process, if any
         self._owners_wake = WakeUp()
-        Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
+        Thread(target=self.for_ever, args=("watching processes", self._await_owners), daemon=True).start()
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
         """Call `step` for ever, whatever goes wrong: the body of a thread. `doing` is for the log."""
@@ -3720,7 +3720,7 @@ class Agent:
             pass
         self._owners_wake.wake()
 
-    def _look_at_owners(self) -> None:
+    def _await_owners(self) -> None:
         """Wait until an owner ends, or until Units.keep_time is due. Without a pidfd, check the owner each second."""
         self._owners_wake.awake = False
         with self.lock:
@@ -3746,7 +3746,7 @@ class Agent:
     def stop_units(self, everything: bool, grace: float) -> Stop | None:
         """Begin to stop commands that run on, or all that have a supervisor, and start none. None if there are none."""
         with self.lock:
-            self._turn_away()
+            self._refuse_claims()
             units = self.units.units.values()
             names = [u.name for u in units if u.facts.running_on or (everything and u.supervisor())]
             if not names:
@@ -3755,7 +3755,7 @@ class Agent:
         self._owners_wake.wake()
         return stop
 
-    def _turn_away(self) -> None:
+    def _refuse_claims(self) -> None:
         """Take no more claims, and answer those that wait with Unreachable. Called under the lock."""
         self.leaving = True
         for claim in [claim for connection in self.connections for claim in connection.open.values()]:
@@ -3764,7 +3764,7 @@ class Agent:
     def stop(self) -> None:
         """Answer all claims that wait, and give the connections a second to send what is in their outboxes."""
         with self.lock:
-            self._turn_away()
+            self._refuse_claims()
             connections, self.connections = self.connections, set()  # when these close no claim ends
         deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
@@ -4084,10 +4084,10 @@ def serve(host: Host, background: bool = False) -> None:
             os.close(ready)
         from signal import Signals
 
-        came: list[int] = []
-        while not came:
-            came = loop.turn()
-        host.agent.log.say(f"stopping: got {Signals(came[0]).name}")
+        numbers: list[int] = []
+        while not numbers:
+            numbers = loop.turn()
+        host.agent.log.say(f"stopping: got {Signals(numbers[0]).name}")
         notify("STOPPING=1")
         host.stop_units(loop, everything=os.getpid() == 1)
 
