@@ -7514,10 +7514,11 @@ def cmd_completion(args: Args) -> None:
         path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
         put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    found = candidates(args.command)
     if args.shell == "bash":
         line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
         found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
+    else:
+        found = candidates(args.command)
     put("".join(word + "\n" for word in found))
 
 
