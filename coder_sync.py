@@ -1827,7 +1827,7 @@ class Family:
 
     def __init__(self, pid: int, leads: bool, mark: str) -> None:
         self.pid, self.leads, self.mark = pid, leads, mark  # of the first process; whether it leads a session or group
-        self.first = pid > 0  # whether the first process has not ended
+        self.first_alive = pid > 0  # whether the first process has not ended
         self._known: dict[int, int] = {}  # pid -> start time, as of the last scan
 
     def scan(self, processes: Callable[[], Processes]) -> bool:
@@ -1835,12 +1835,14 @@ class Family:
         try:
             alive = processes()
         except FileNotFoundError:  # there is no /proc
-            return self.first or self.has_group()
+            return self.first_alive or self.has_group()
         except OSError:  # no file descriptor is left, or processes begin too fast
             return True
-        self.leads = self.leads and (self.first or self.pid not in alive.births)  # else it is another process's pid
+        self.leads = self.leads and (
+            self.first_alive or self.pid not in alive.births
+        )  # else it is another process's pid
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
-        todo += [self.pid] * (self.first or self.leads)
+        todo += [self.pid] * (self.first_alive or self.leads)
         todo += alive.related.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
@@ -1850,7 +1852,7 @@ class Family:
                 todo += alive.related.get(pid, ())
         self._known = {pid: alive.births[pid] for pid in found if pid in alive.births}
         missed = self.has_group() and self.pid not in alive.zombie_groups
-        return self.first or bool(self._known) or missed
+        return self.first_alive or bool(self._known) or missed
 
     def has_group(self) -> bool:
         """Return whether its own group has members, zombies included."""
@@ -1858,15 +1860,15 @@ class Family:
 
     def terminate_first(self) -> None:
         """Send TERM to the first process, and CONT, since it may be stopped."""
-        if self.first:
+        if self.first_alive:
             signal_to(self.pid, signal.SIGTERM, signal.SIGCONT)
 
     def pids(self) -> list[int]:
         """Return the pids of the known processes that are left."""
-        return [self.pid] * self.first + self._others()
+        return [self.pid] * self.first_alive + self._others()
 
     def _others(self) -> list[int]:
-        others = [pid for pid in self._known if pid != self.pid or not self.first]
+        others = [pid for pid in self._known if pid != self.pid or not self.first_alive]
         return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def terminate_others(self) -> None:
@@ -5410,7 +5412,7 @@ class Task:
 
     def process_ended(self, code: int) -> None:
         """Handle the end of the first process; its exit status is -N for signal N."""
-        self.family.first, self.code = False, code
+        self.family.first_alive, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
             self.due = dict.fromkeys(self.due, 0.0)
@@ -5428,19 +5430,19 @@ class Task:
         elif self.state == SETTLED:
             self.due[self.check_left] = 0.0 if self.runs_on else time.monotonic() + CHECK_EVERY
 
-    def end(self, why: str, by: float = NEVER) -> None:
-        """End all processes of the command until the time `by`, at most `grace` seconds from now.
+    def end(self, why: str, deadline: float = NEVER) -> None:
+        """End all processes of the command until the deadline, which is at most `grace` seconds from now.
 
         The first process gets TERM; the others get it when that has ended, or after half of the time, since servers
-        end their workers themselves. KILL follows at the end. A second call can only bring the end nearer.
+        end their workers themselves. KILL follows at the deadline. A second call can only bring it nearer.
         """
         now = time.monotonic()
-        by = min(max(by, now), now + self.grace)
+        deadline = min(max(deadline, now), now + self.grace)
         if self.state == ENDING:
-            self.kill_at = min(self.kill_at, by)
+            self.kill_at = min(self.kill_at, deadline)
             return
-        self.why, self.kill_at = why, by
-        others_at = (now + by) / 2 if self.family.first else now
+        self.why, self.kill_at = why, deadline
+        others_at = (now + deadline) / 2 if self.family.first_alive else now
         self.enter(ENDING, {self.terminate_others: others_at, self.check_left: now})
         self.close_prober(ended=False)
         self.family.scan(self.loop.processes)  # while parents live, by which their children are found
@@ -5464,7 +5466,7 @@ class Task:
             self.due[self.check_left] = now + CHECK_OFTEN
             if now >= self.kill_at:
                 self.family.kill()
-        elif not self.family.first:
+        elif not self.family.first_alive:
             self.due[self.check_left] = now + CHECK_EVERY
             if not self.runs_on:
                 self.runs_on = True
@@ -5500,13 +5502,13 @@ class Task:
         """Return which try is next, and why."""
         return f"try {self.tries + 1} of {self.limits.retries + 1} after {self.why}"
 
-    def stop(self, why: str, by: float = NEVER) -> None:
-        """End the command until the time `by`; there will be no further try."""
+    def stop(self, why: str, deadline: float = NEVER) -> None:
+        """End the command until the deadline; there will be no further try."""
         self.stopped = why
         if self.state in (WAITING, CHECKING):
             self.enter(GONE, {})
         if self.state != GONE:
-            self.end(why, by)
+            self.end(why, deadline)
         elif not self.reported:
             self.fail(why)
 
@@ -5519,7 +5521,7 @@ class Task:
         except Refused as error:
             self.end(str(error))
             return
-        runs_on = self.family.first or self.family.has_group() or self.code != 0
+        runs_on = self.family.first_alive or self.family.has_group() or self.code != 0
         self.settle(COMPLETED, runs_on)
         self.report("complete", env=env, running=runs_on)
 
@@ -5635,12 +5637,12 @@ class Run(Task):
         if self.state in (WAITING, CHECKING, GONE):
             self.status = 128 + number
             self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
-        elif self.family.first:
+        elif self.family.first_alive:
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
         else:  # only processes that it has left: end them at once
-            self.end("", by=0.0)
+            self.end("", deadline=0.0)
 
     def notified(self, method: str, params: Answer) -> None:
         """Handle a notification: stop, or go on as a service, since others have completed the unit."""
@@ -6281,7 +6283,7 @@ class Job(Task):
 
     def running(self) -> bool:
         """Return whether the first process runs."""
-        return self.lives() and self.family.first
+        return self.lives() and self.family.first_alive
 
     def ending(self) -> bool:
         """Return whether the command is being ended, or may tidy up after a failure that others have reported."""
@@ -6443,7 +6445,7 @@ class Boot:
             family.scan(Processes)
             family.terminate_first()
             family.terminate_others()
-            family.first = False  # nobody takes its exit status any more
+            family.first_alive = False  # nobody takes its exit status any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
             time.sleep(CHECK_OFTEN)
@@ -7515,10 +7517,11 @@ def cmd_completion(args: Args) -> None:
         path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
         put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    found = candidates(args.command)
     if args.shell == "bash":
         line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
         found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
+    else:
+        found = candidates(args.command)
     put("".join(word + "\n" for word in found))
 
 

@@ -6959,7 +6959,7 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
     for own in (True, False):
         family = coder_sync.Family(other.pid, own, "")
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
-        family.first = False
+        family.first_alive = False
         family.scan(coder_sync.Processes)
         assert family.pids() == []
         family.terminate_others(), family.kill()
@@ -6970,7 +6970,7 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
 def test_what_proc_hides_of_a_group_counts_as_left_unless_it_is_a_zombie(world: World) -> None:
     other = world.spawn(["sleep", "60"])
     family, hidden = coder_sync.Family(other.pid, True, ""), coder_sync.Processes()
-    family.first = False
+    family.first_alive = False
     del hidden.births[other.pid]
     assert family.scan(lambda: hidden)
     hidden.zombie_groups.add(other.pid)
