@@ -2428,6 +2428,14 @@ def test_a_start_that_is_to_be_confirmed_is_granted_only_then(shared: World) -> 
     assert "result" in other.read()
 
 
+def test_an_answer_that_is_never_confirmed_counts_as_delivered_after_a_time(world: World) -> None:
+    answering(world, altered("coder_sync.CONFIRM_TIMEOUT = 0.1", "serve", "-q"))
+    peer, other = world.connect(), world.connect()
+    assert "result" in peer.call("start", unit="a", confirm=True)
+    other.request("start", unit="a")
+    assert other.read()["error"]["message"].startswith('unit "a" is already started')
+
+
 # -- limits ------------------------------------------------------------------------------------------------
 
 
