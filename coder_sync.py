@@ -1836,9 +1836,7 @@ class Family:
             return self.first_alive or self.has_group()
         except OSError:  # no file descriptor is left, or processes begin too fast
             return True
-        self.leads = self.leads and (
-            self.first_alive or self.pid not in alive.births
-        )  # else it is another process's pid
+        self.leads = self.leads and (self.first_alive or self.pid not in alive.births)  # else the pid is reused
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
         todo += [self.pid] * (self.first_alive or self.leads)
         todo += alive.related.get(self.mark, ()) if self.mark else ()
@@ -5272,9 +5270,8 @@ class Task:
         """Print a warning."""
         put(f"warning: {self.unit}: {text}\n", 2)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        """Handle the answer to a report."""
-        raise NotImplementedError
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        """Handle an error as the answer to a report."""
 
     # -- life cycle
 
@@ -5551,6 +5548,17 @@ class Task:
         """Send a report to the agent."""
         self.link.request(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
 
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        """Handle the answer to a report. If the unit may not complete, end the command, and report a failure."""
+        try:
+            unwrap(message)
+        except SyncError as error:
+            if method == "complete" and not isinstance(error, Unreachable):
+                self.reported = ""
+                self.stop(str(error))
+            else:
+                self.not_reported(method, params, error)
+
 
 # -- the commands -------------------------------------------------------------------------------------------
 @Command(
@@ -5669,14 +5677,10 @@ class Run(Task):
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
         others = {"owner": "its process", "exited": "its end"}
-        what = params.get("detail") or others.get(method, outcome)
-        try:
-            unwrap(message)
-        except SyncError as error:
-            self.warn(f"{what} may not have been reported: {error}")
+        self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
 
 
 @Command(
@@ -6315,15 +6319,9 @@ class Job(Task):
         self.reason = reason
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        try:
-            unwrap(message)
-        except SyncError as error:
-            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.reported = ""
-                self.stop(str(error))
-            elif method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
-                self.set_outcome(self.reported, self.reason)
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        if method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
+            self.set_outcome(self.reported, self.reason)
 
     def set_outcome(self, status: str, reason: str) -> None:
         """Set the outcome of the unit, unless it has one."""
