@@ -707,7 +707,7 @@ class Channel:
         self._buffer = bytearray()  # the beginning of a line
         self._lines: list[bytearray] = []  # complete lines, not yet returned by `receive`
         self.sock: Any = sock or connected(path, connect_timeout)
-        self.pid, self.uid = who_is_at(self.sock)
+        self.pid, self.uid = peer_credentials(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
         self._warned = False  # by `as_answer`
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
@@ -856,10 +856,10 @@ def connected(path: str, connect_timeout: float) -> Any:
         pause = min(2 * pause, 0.05)
 
 
-def who_is_at(sock: Any) -> tuple[int, int]:
-    """Return pid and uid of the process at the other end of a connection, or 0 and -1 if the system does not tell.
+def peer_credentials(sock: Any) -> tuple[int, int]:
+    """Return pid and uid of the process at the other end of a connection, or 0 and -1 if they are unknown.
 
-    At the client's end these are of the process that called listen(2).
+    A client gets those of the process that called listen(2).
     """
     import _socket
 
@@ -873,7 +873,7 @@ def who_is_at(sock: Any) -> tuple[int, int]:
     return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
 
 
-def our_caller() -> dict[str, int]:
+def parent_param() -> dict[str, int]:
     """Return the parameter for the pid of our parent, which an agent needs where there is no /proc."""
     return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
@@ -897,9 +897,7 @@ def unwrap(message: dict[str, Any]) -> Any:
 
 def records(kind: type[R], rows: Any) -> list[R]:
     """Return a list of records from JSON. Raises Unreachable."""
-    if not isinstance(rows, list):
-        raise Unreachable(f"the answer has no list of {kind.__name__}; are agent and client of one version?")
-    return [record(kind, row) for row in rows]
+    return [record(kind, row) for row in (rows if isinstance(rows, list) else [rows])]
 
 
 def agent_path(given: str) -> str:
@@ -995,13 +993,13 @@ class BaseClient:
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call("fail", unit=unit, exit_code=exit_code, **our_caller())
+            self._call("fail", unit=unit, exit_code=exit_code, **parent_param())
         else:
-            self._call("complete", unit=unit, **our_caller())
+            self._call("complete", unit=unit, **parent_param())
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call("fail", unit=unit, reason=one_line(reason), **our_caller())
+        self._call("fail", unit=unit, reason=one_line(reason), **parent_param())
 
 
 class Start:
@@ -1012,7 +1010,7 @@ class Start:
     ) -> None:
         """Wait until the agent has started the unit. `params` are further parameters of its method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
-        params.update(unit=check_name(unit), hold=hold, confirm=not hold, **our_caller())
+        params.update(unit=check_name(unit), hold=hold, confirm=not hold, **parent_param())
         began = time.monotonic()
         self.channel = client._channel("start")
         try:
@@ -1118,7 +1116,7 @@ class Argument:
         self.takes_value = self.is_repeated or "action" not in words
         self.default = words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
-    def read(self, text: str) -> Any:
+    def convert(self, text: str) -> Any:
         """Convert a text to a value of the argument. Raises UsageError."""
         choices = self.words.get("choices", [text])
         try:
@@ -1159,12 +1157,12 @@ class Command:
         """The options, by each of their names."""
         return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
-    def take(self, args: Args, names: Sequence[str]) -> None:
+    def set_positionals(self, args: Args, names: Sequence[str]) -> None:
         """Set the positionals in `args` to `names`. Raises UsageError."""
         for argument in self.positionals:
             if not names and argument.words.get("nargs") != "*":
                 raise UsageError(f"the following arguments are required: {argument.words['metavar']}")
-            setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
+            setattr(args, argument.dest, names if argument.is_repeated else argument.convert(names[0]))
             names = [] if argument.is_repeated else names[1:]
         if names:
             hint = "; did you forget -- before the command?" if self.tail and not args.command else ""
@@ -1300,7 +1298,7 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
         words, values["command"] = split_tail(command, words)
         for argument in command.arguments:
             default = argument.default
-            values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+            values[argument.dest] = argument.convert(default) if default and isinstance(default, str) else default
         while words:
             word = words.pop(0)
             if word[:1] != "-":
@@ -1309,9 +1307,9 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
             option = options[word]
             if option.takes_value and words[0][:1] == "-":
                 return None
-            value = option.read(words.pop(0)) if option.takes_value else True
+            value = option.convert(words.pop(0)) if option.takes_value else True
             values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-        command.take(args, names)
+        command.set_positionals(args, names)
     except (UsageError, LookupError, ValueError):
         return None
     return None if args.help or args.command is None else (command, args)
@@ -1594,7 +1592,7 @@ class Block:
                     raise
 
 
-def let_go(unit: str, owner: Owner | None) -> str:
+def gone_hint(unit: str, owner: Owner | None) -> str:
     """Return the end of a message about a unit: what to do if its owner has gone."""
     gone = owner is not None and owner.alive is False
     return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
@@ -1604,7 +1602,7 @@ def still_running(answer: Answer) -> str:
     """Return the message about commands that `stop` has not ended."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
     for row in answer.cannot:
-        way = let_go(row.unit, row.owner) or ", which has no supervisor: end that process"
+        way = gone_hint(row.unit, row.owner) or ", which has no supervisor: end that process"
         texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
 
@@ -1627,7 +1625,7 @@ def resembling(name: str, names: Iterable[str]) -> str:
     return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
 
 
-def meant(guess: str, otherwise: str = "") -> str:
+def did_you_mean(guess: str, otherwise: str = "") -> str:
     """Return the end of a message about an unknown name: the name that it resembles, or `otherwise`."""
     return f'; did you mean "{guess}"?' if guess else otherwise
 
@@ -1827,7 +1825,7 @@ class Family:
 
     def __init__(self, pid: int, leads: bool, mark: str) -> None:
         self.pid, self.leads, self.mark = pid, leads, mark  # of the first process; whether it leads a session or group
-        self.first = pid > 0  # whether the first process has not ended
+        self.first_alive = pid > 0  # whether the first process has not ended
         self._known: dict[int, int] = {}  # pid -> start time, as of the last scan
 
     def scan(self, processes: Callable[[], Processes]) -> bool:
@@ -1835,12 +1833,12 @@ class Family:
         try:
             alive = processes()
         except FileNotFoundError:  # there is no /proc
-            return self.first or self.has_group()
+            return self.first_alive or self.has_group()
         except OSError:  # no file descriptor is left, or processes begin too fast
             return True
-        self.leads = self.leads and (self.first or self.pid not in alive.births)  # else it is another process's pid
+        self.leads = self.leads and (self.first_alive or self.pid not in alive.births)  # else the pid is reused
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
-        todo += [self.pid] * (self.first or self.leads)
+        todo += [self.pid] * (self.first_alive or self.leads)
         todo += alive.related.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
@@ -1850,7 +1848,7 @@ class Family:
                 todo += alive.related.get(pid, ())
         self._known = {pid: alive.births[pid] for pid in found if pid in alive.births}
         missed = self.has_group() and self.pid not in alive.zombie_groups
-        return self.first or bool(self._known) or missed
+        return self.first_alive or bool(self._known) or missed
 
     def has_group(self) -> bool:
         """Return whether its own group has members, zombies included."""
@@ -1858,15 +1856,15 @@ class Family:
 
     def terminate_first(self) -> None:
         """Send TERM to the first process, and CONT, since it may be stopped."""
-        if self.first:
+        if self.first_alive:
             signal_to(self.pid, signal.SIGTERM, signal.SIGCONT)
 
     def pids(self) -> list[int]:
         """Return the pids of the known processes that are left."""
-        return [self.pid] * self.first + self._others()
+        return [self.pid] * self.first_alive + self._others()
 
     def _others(self) -> list[int]:
-        others = [pid for pid in self._known if pid != self.pid or not self.first]
+        others = [pid for pid in self._known if pid != self.pid or not self.first_alive]
         return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def terminate_others(self) -> None:
@@ -2165,7 +2163,7 @@ class Unit:
         self.facts = object.__new__(UnitStatus)  # attributes that are not set have their defaults and take no memory
         self.root = ""  # the first failure that caused the unit to be skipped
         self.last: Claim | None = None  # the held claim that was granted last
-        self.lost = False  # that claim ended before the command did, as far as is known
+        self.lost = False  # that claim has ended, and perhaps not the command
         self.owner_is_command = False  # the owner in `facts` is the command itself, as its supervisor has said
 
     def first(self) -> Claim | None:
@@ -2363,7 +2361,7 @@ class Units:
             claim.delivered = True
             self._answer_line(unit, self._already_started(unit, *(other.owner for other in unit.line)))
             if not claim.held:
-                self._end_holder(unit)
+                self._end_claim(claim)
 
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
         """End claims before their time, all in one step; there is no other way in which they end so.
@@ -2417,7 +2415,7 @@ class Units:
         elif holder and not stopping:
             self.run_on(holder)
         elif other and not other.supervisor:
-            self._end_holder(unit)
+            self._end_claim(other)
         self._settle_all()
         if before in ENDED and unit.status == before != status and not (holder and stopping):
             why = f" ({reason})" if reason else ""
@@ -2441,7 +2439,7 @@ class Units:
             self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
         elif ran_on:
             self._record(unit, "exited", reason)
-        self._end_holder(unit, STOPPED if stopped else reason)
+        self._end_claim(claim, STOPPED if stopped else reason)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
@@ -2507,7 +2505,7 @@ class Units:
             if unit.status == STARTED:
                 owner = self._owner(unit)
                 by = owner_text(owner, " by ", ", which is no longer running,")
-                hint = let_go(unit.name, owner) or "; end it first"
+                hint = gone_hint(unit.name, owner) or "; end it first"
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
                 raise Refused(f"{unit.still_runs()} and cannot be reset; stop it first")
@@ -2694,7 +2692,7 @@ class Units:
         if claim and claim.boot and status != PENDING:
             env = self.environment(unit.name) if status == STARTED else {}
             self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
-        if not unit.name and status != PENDING:  # a wait is over: forget the names that nothing else has mentioned
+        if not unit.name and status != PENDING:  # a wait is over: forget the names that only it has mentioned
             waited_for = unit.wants
             self._link(unit, {})
             self._forget(waited_for)
@@ -2705,12 +2703,13 @@ class Units:
             self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
         self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
 
-    def _end_holder(self, unit: Unit, how: str = "") -> None:
-        """End the claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
-        claim, unit.holder, unit.lost = unit.holder, None, how == LOST
+    def _end_claim(self, claim: Claim, how: str = "") -> None:
+        """End a claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
+        unit = claim.unit
+        unit.holder, unit.lost = None, how == LOST
         if unit.facts.running_on:
             unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), how
-        if unit.status != STARTED or (claim and claim.held):
+        if unit.status != STARTED or claim.held:  # a unit that was started by a plain claim keeps its locks
             self._free(unit)
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
@@ -2745,7 +2744,7 @@ class Units:
         command = "that process" if unit.owner_is_command else "its command"
         end = f"ended; {command} may still run" if ran_on else "ended without completing"
         reason = one_line(f"lost: {by}{self._process_text(claim.owner) or 'the process that held it'} {end}")
-        self._end_holder(unit, LOST)
+        self._end_claim(claim, LOST)
         if ran_on:
             self._set(unit, Outcome(FAILED, reason))
         return reason
@@ -2760,7 +2759,7 @@ class Units:
                 self.locks.pop(lock.name, None)
         unit.locks = ()
 
-    # -- small parts --------------------------------------------------------------------------------------
+    # -- declarations, and lines --------------------------------------------------------------------------
 
     def _declare(self, members: Sequence[Member], replace: bool = False) -> list[Unit]:
         """Register units and add their dependencies, all or none; `replace` drops the dependencies that they had.
@@ -2936,7 +2935,7 @@ class Units:
             return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
         if unit.status in ENDED:
             return AlreadyStarted(f"{unit.still_runs()}: stop it first")
-        whose = owner_text(owner, " by ") + let_go(unit.name, owner)
+        whose = owner_text(owner, " by ") + gone_hint(unit.name, owner)
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
     def _check_report(self, unit: Unit, status: str, by: Owner | None) -> None:
@@ -3245,7 +3244,7 @@ class Connection:
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
         """Return the peer, if it is to hold a unit, else the script that called it; without /proc that is `parent`."""
-        pid = who_is_at(self.sock)[0]
+        pid = peer_credentials(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
         return process(pid)
@@ -3360,7 +3359,7 @@ class Agent:
         except SyncError as problem:
             error = problem
             if isinstance(error, NotRegistered):
-                error = NotRegistered(f"{error}{meant(self._resembling(error.unit))}")
+                error = NotRegistered(f"{error}{did_you_mean(self._resembling(error.unit))}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3681,7 +3680,7 @@ class Agent:
     @staticmethod
     def _knows_pids_of(connection: Connection) -> bool:
         """Return whether a peer is in our process namespace, so that a pid means the same process to both."""
-        peer = who_is_at(connection.sock)[0]
+        peer = peer_credentials(connection.sock)[0]
         return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
@@ -4574,7 +4573,7 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     wants = {u.unit_name: u.wants for u in graph.nodes}
     for name in names:
         if name not in wants:
-            hint = meant(resembling(name, wants), f"; see `{PROGRAM} list --all`")
+            hint = did_you_mean(resembling(name, wants), f"; see `{PROGRAM} list --all`")
             raise NotRegistered(f'no unit "{name}"{hint}')
     keep = reached(names, wants.get)
     return Graph(graph.now, [u for u in graph.nodes if u.unit_name in keep])
@@ -4731,7 +4730,7 @@ def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[
         why += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
         known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
         guess = resembling(u.unit_name, known.difference(wanted_by))  # its name may be misspelt
-        lines.append(f'"{u.unit_name}" is not registered: {why}{meant(guess, ".")}')
+        lines.append(f'"{u.unit_name}" is not registered: {why}{did_you_mean(guess, ".")}')
     return lines + ([f"({len(units) - 20} more like these)"] if len(units) > 20 else [])
 
 
@@ -4980,7 +4979,7 @@ class Prober:
                 return "" if found else "no such file"
             with connect(probe) as sock:
                 if probe.kind == "unix":
-                    self._peer = who_is_at(sock)[0]
+                    self._peer = peer_credentials(sock)[0]
                 status = http_status(sock, probe) if probe.kind == "http" else 0
             return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
@@ -5271,9 +5270,8 @@ class Task:
         """Print a warning."""
         put(f"warning: {self.unit}: {text}\n", 2)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        """Handle the answer to a report."""
-        raise NotImplementedError
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        """Handle an error as the answer to a report."""
 
     # -- life cycle
 
@@ -5409,7 +5407,7 @@ class Task:
 
     def process_ended(self, code: int) -> None:
         """Handle the end of the first process; its exit status is -N for signal N."""
-        self.family.first, self.code = False, code
+        self.family.first_alive, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
             self.due = dict.fromkeys(self.due, 0.0)
@@ -5427,19 +5425,19 @@ class Task:
         elif self.state == SETTLED:
             self.due[self.check_left] = 0.0 if self.runs_on else time.monotonic() + CHECK_EVERY
 
-    def end(self, why: str, by: float = NEVER) -> None:
-        """End all processes of the command until the time `by`, at most `grace` seconds from now.
+    def end(self, why: str, deadline: float = NEVER) -> None:
+        """End all processes of the command until the deadline, which is at most `grace` seconds from now.
 
         The first process gets TERM; the others get it when that has ended, or after half of the time, since servers
-        end their workers themselves. KILL follows at the end. A second call can only bring the end nearer.
+        end their workers themselves. KILL follows at the deadline. A second call can only bring it nearer.
         """
         now = time.monotonic()
-        by = min(max(by, now), now + self.grace)
+        deadline = min(max(deadline, now), now + self.grace)
         if self.state == ENDING:
-            self.kill_at = min(self.kill_at, by)
+            self.kill_at = min(self.kill_at, deadline)
             return
-        self.why, self.kill_at = why, by
-        others_at = (now + by) / 2 if self.family.first else now
+        self.why, self.kill_at = why, deadline
+        others_at = (now + deadline) / 2 if self.family.first_alive else now
         self.enter(ENDING, {self.terminate_others: others_at, self.check_left: now})
         self.close_prober(ended=False)
         self.family.scan(self.loop.processes)  # while parents live, by which their children are found
@@ -5463,7 +5461,7 @@ class Task:
             self.due[self.check_left] = now + CHECK_OFTEN
             if now >= self.kill_at:
                 self.family.kill()
-        elif not self.family.first:
+        elif not self.family.first_alive:
             self.due[self.check_left] = now + CHECK_EVERY
             if not self.runs_on:
                 self.runs_on = True
@@ -5499,13 +5497,13 @@ class Task:
         """Return which try is next, and why."""
         return f"try {self.tries + 1} of {self.limits.retries + 1} after {self.why}"
 
-    def stop(self, why: str, by: float = NEVER) -> None:
-        """End the command until the time `by`; there will be no further try."""
+    def stop(self, why: str, deadline: float = NEVER) -> None:
+        """End the command until the deadline; there will be no further try."""
         self.stopped = why
         if self.state in (WAITING, CHECKING):
             self.enter(GONE, {})
         if self.state != GONE:
-            self.end(why, by)
+            self.end(why, deadline)
         elif not self.reported:
             self.fail(why)
 
@@ -5518,7 +5516,7 @@ class Task:
         except Refused as error:
             self.end(str(error))
             return
-        runs_on = self.family.first or self.family.has_group() or self.code != 0
+        runs_on = self.family.first_alive or self.family.has_group() or self.code != 0
         self.settle(COMPLETED, runs_on)
         self.report("complete", env=env, running=runs_on)
 
@@ -5549,6 +5547,17 @@ class Task:
     def report(self, method: str, **params: Any) -> None:
         """Send a report to the agent."""
         self.link.request(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
+
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        """Handle the answer to a report. If the unit may not complete, end the command, and report a failure."""
+        try:
+            unwrap(message)
+        except SyncError as error:
+            if method == "complete" and not isinstance(error, Unreachable):
+                self.reported = ""
+                self.stop(str(error))
+            else:
+                self.not_reported(method, params, error)
 
 
 # -- the commands -------------------------------------------------------------------------------------------
@@ -5634,12 +5643,12 @@ class Run(Task):
         if self.state in (WAITING, CHECKING, GONE):
             self.status = 128 + number
             self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
-        elif self.family.first:
+        elif self.family.first_alive:
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
         else:  # only processes that it has left: end them at once
-            self.end("", by=0.0)
+            self.end("", deadline=0.0)
 
     def notified(self, method: str, params: Answer) -> None:
         """Handle a notification: stop, or go on as a service, since others have completed the unit."""
@@ -5668,14 +5677,10 @@ class Run(Task):
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
         others = {"owner": "its process", "exited": "its end"}
-        what = params.get("detail") or others.get(method, outcome)
-        try:
-            unwrap(message)
-        except SyncError as error:
-            self.warn(f"{what} may not have been reported: {error}")
+        self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
 
 
 @Command(
@@ -5945,14 +5950,14 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
             outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
             guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
-            hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
+            hint = f"; {left_out[name]}" if name in left_out else did_you_mean(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
         missing = next((name for name in (unit, edge.dependency) if name not in by_name), "")
         if missing:
-            hint = meant(resembling(missing, list(by_name)))
+            hint = did_you_mean(resembling(missing, list(by_name)))
             if hint:
                 warn(f'{edge.place}: no file provides "{missing}"{hint}')
         elif edge.dependency not in [own.dependency for own in by_name[unit].want]:
@@ -6280,7 +6285,7 @@ class Job(Task):
 
     def running(self) -> bool:
         """Return whether the first process runs."""
-        return self.lives() and self.family.first
+        return self.lives() and self.family.first_alive
 
     def ending(self) -> bool:
         """Return whether the command is being ended, or may tidy up after a failure that others have reported."""
@@ -6314,15 +6319,9 @@ class Job(Task):
         self.reason = reason
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        try:
-            unwrap(message)
-        except SyncError as error:
-            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.reported = ""
-                self.stop(str(error))
-            elif method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
-                self.set_outcome(self.reported, self.reason)
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        if method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
+            self.set_outcome(self.reported, self.reason)
 
     def set_outcome(self, status: str, reason: str) -> None:
         """Set the outcome of the unit, unless it has one."""
@@ -6442,7 +6441,7 @@ class Boot:
             family.scan(Processes)
             family.terminate_first()
             family.terminate_others()
-            family.first = False  # nobody takes its exit status any more
+            family.first_alive = False  # nobody takes its exit status any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
             time.sleep(CHECK_OFTEN)
@@ -6962,7 +6961,7 @@ def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.Argum
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
     parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
-        more: dict[str, Any] = {"default": argument.default, "type": argument.read} if argument.takes_value else {}
+        more: dict[str, Any] = {"default": argument.default, "type": argument.convert} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
         parser.add_argument(*argument.names, **{**argument.words, **more})
     return parser
@@ -7002,8 +7001,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
             raise SystemExit(0)
         unknown = next((name.partition("=")[0] for name in names if name[:1] == "-"), "")
         if unknown:
-            raise UsageError(f"no such option: {ascii(unknown)[:40]}{meant(resembling(unknown, command.options))}")
-        command.take(args, [*names, *words[end + 1 :]])
+            hint = did_you_mean(resembling(unknown, command.options))
+            raise UsageError(f"no such option: {ascii(unknown)[:40]}{hint}")
+        command.set_positionals(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
     except UsageError as error:
@@ -7024,7 +7024,7 @@ def command_named(name: str) -> Command:
     if name == "exp":
         raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
     if name not in COMMANDS:
-        hint = meant(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
+        hint = did_you_mean(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
         raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
     return COMMANDS[name]
 
@@ -7514,10 +7514,11 @@ def cmd_completion(args: Args) -> None:
         path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
         put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    found = candidates(args.command)
     if args.shell == "bash":
         line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
         found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
+    else:
+        found = candidates(args.command)
     put("".join(word + "\n" for word in found))
 
 
