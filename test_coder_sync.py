@@ -3960,6 +3960,21 @@ def killed(process: subprocess.Popen[str]) -> None:
     process.wait(PATIENCE)
 
 
+def test_a_start_that_is_killed_before_it_has_said_so_is_undone(agent: World) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(write, bytes(4096)):
+            pass
+    os.set_blocking(write, True)
+    process = agent.popen("start", "a", stdout=write)
+    happened(agent, "a", "started")
+    process.kill()
+    until(lambda: agent.status("a") == "pending")
+    os.close(read)
+    os.close(write)
+
+
 def test_run_declares_waits_starts_runs_and_completes(agent: World) -> None:
     process = agent.popen("run", "a", "--want", "b", "--want", "c", "--", "sh", "-c", "yes ran | head -n 1")
     assert line_of(process.stderr) == "a: waiting for b not registered; c not registered\n"
@@ -4009,9 +4024,20 @@ def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) ->
     assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
 
 
+def test_a_run_that_may_not_complete_its_unit_ends_its_command(agent: World) -> None:
+    process, _ = held(agent, "a", "--ready", f"file:{agent.directory}/up")
+    agent.ok("fail", "a", "--reason", "no")
+    (agent.directory / "up").touch()
+    done = finish(process)
+    assert done.returncode == 143
+    assert done.stderr.startswith('error: a: unit "a" is failed (no) and cannot become completed: ')
+    assert agent.client.status("a").reason == "no"
+
+
 def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
     run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
     assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
+    until(lambda: agent.client.status("a").owner.alive is None)  # not False: it is to be tried again
     done, reason = stopped(run), "stopped between two tries; exit code 1"
     assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
 
@@ -4065,6 +4091,7 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
         agent.waiting("a")
     else:
         process, pid = held(agent, "a")
+        until(lambda: agent.client.status("a").owner.pid == pid)
     waiting = agent.popen("start", "b", "--want", "a")
     agent.waiting("b")
     if dies == "both":
@@ -4080,7 +4107,9 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
     else:
         assert re.fullmatch(lost(process), failed.reason)
     if dies == "run":
-        assert alive(pid)  # and does not hold the unit
+        assert alive(pid) and f"the run that ran process {pid} " in failed.reason
+        refused = agent.connect().call("boot", units=[{"unit": "a"}])["error"]["message"]
+        assert refused == f'unit "a" still runs (pid {pid}), and its supervisor is gone: end that process first'
         os.kill(pid, signal.SIGKILL)
 
 
