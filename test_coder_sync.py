@@ -6940,9 +6940,12 @@ def test_the_first_process_is_told_to_end_and_when_it_has_the_others(world: Worl
 
 
 def test_the_others_are_told_to_end_after_half_of_the_time_too(world: World) -> None:
-    worker = "sh -c \"trap 'echo worker ends; exit' TERM; sleep 60 & wait; sleep 1\" &"
-    script = f"@timeout 300ms\nexec 2> err\n{worker} trap 'echo told' TERM; while :; do sleep 0.05; done"
-    Boot(world, {"a": script}, "--grace", "1s").ends(1, "a | told\na | worker ends\n")
+    worker = "sh -c \"trap 'echo worker ends; exit' TERM; echo on; sleep 60 & wait; sleep 1\" &"
+    script = f"exec 2> err\ntrap 'echo told' TERM; {worker} while :; do sleep 0.05; done"
+    boot = Boot(world, {"a": script}, "--grace", "2s")
+    boot.prints("a | on")
+    boot.signal()
+    boot.ends(143, "a | told\na | worker ends\n")
 
 
 @needs_proc
