@@ -6359,7 +6359,7 @@ class Job(Task):
 
     def exited(self) -> None:
         super().exited()
-        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it ended well, or was stopped
             self.died = True
             self.warn(f"ended after its unit had completed ({self.why})")
             self.boot.after_failure("ended")
@@ -6387,20 +6387,20 @@ class Boot:
         self.signal = 0  # the signal that ends the boot
         self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
         self.started_up = False
-        self.front_may_end = False  # without that everything ends with it
+        self.front_may_end = False  # else everything ends with it
         self.host: Host | None = None  # of our own agent
-        self.retire_at = NEVER  # when to ask again whether another boot needs it
+        self.retire_at = NEVER  # when to ask again whether another boot uses that
         for job in self.jobs.values():
             job.use_directory(directory)
         if not directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
 
-    # -- from the claim to the last end -------------------------------------------------------------------
+    # -- life cycle ---------------------------------------------------------------------------------------
 
     def run(self, channel: Channel, host: Host | None = None) -> int:
         """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
 
-        Raises Refused, and Unreachable; if no agent has answered, it may be called again, for another one.
+        Raises Refused, Unreachable. Unless `answered`, it may be called again, for another agent.
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
@@ -6442,12 +6442,12 @@ class Boot:
         return 128 + self.signal if self.signal else code
 
     def runs(self) -> bool:
-        """Return whether a script runs or prints, or our own agent has still to answer, or another boot needs it."""
+        """Return whether a script runs or prints, or our own agent has still to answer, or another boot uses it."""
         if any(job.lives() for job in self.active.values()) or (self.printing() and not self.stopping):
             return True
-        needed = self.host and not self.stopping and not self.host.agent.retire()
-        self.retire_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.pending))
+        used = self.host and not self.stopping and not self.host.agent.retire()
+        self.retire_at = time.monotonic() + 0.2 if used else NEVER
+        return bool(used or (self.host and self.link.pending))
 
     def printing(self) -> list[str]:
         """Return the units whose output is still open."""
@@ -6603,7 +6603,7 @@ class Boot:
     def after_failure(self, what: str) -> None:
         """With --fail-fast, end everything after a unit has failed, or the command of a completed one has died."""
         if self.options.fail_fast and self.started_up and self.options.command:
-            self.tell_front(1)  # it ends COMMAND first
+            self.tell_front(1)  # the front ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
 
@@ -6723,16 +6723,18 @@ def graph_in(answer: Object) -> Graph:
 class Front:
     """The process that was called. It keeps its caller's terminal, session and descriptors; it becomes or runs COMMAND.
 
-    It passes signals on to the background process, which ends everything and then itself. If something runs on after
-    the startup, the background process sends an exit status of one byte: then the front returns it, waits (--stay), or
-    runs COMMAND if it is 0. A second status ends that. If nothing runs on, the background process ends with the status.
+    It passes signals on to the background process, which ends everything and then itself. When the startup is over,
+    the background process
+    - ends with the exit status if nothing runs on: 0 lets COMMAND take the front's place;
+    - else sends it as one byte: the front returns it, waits (--stay), or runs COMMAND if it is 0;
+    - sends a second one to end that wait, or COMMAND.
     """
 
     def __init__(self, loop: Loop, pid: int, link: int, directory: str, command: list[str], grace: float) -> None:
         self.loop, self.pid, self.link, self.directory = loop, pid, link, directory
         self.command, self.grace = command, grace
-        self.received = b""  # from the background process
-        self.ended: list[int] = []  # its exit status
+        self.received = b""  # exit statuses
+        self.ended: list[int] = []  # the exit status of the background process, once it has ended
         self.signal = 0
         loop.children[pid] = self.background_ended
         loop.watch(link, self.receive)
@@ -6764,7 +6766,7 @@ class Front:
                         signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
-        """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
+        """Wait until the background process has ended everything and itself, for as long as that may take."""
         self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
         if not self.ended:
             put("error: boot's background process has not ended; is it stopped?\n", 2)
