@@ -22,10 +22,10 @@ go on:
     coder_sync.py fail UNIT              UNIT will not be done; what requires it is skipped
     coder_sync.py run UNIT -- COMMAND    start, COMMAND, complete or fail, in one process
     coder_sync.py boot PATH...           a directory of scripts in the order that their headers ask for
-    coder_sync.py wait UNIT...           wait for units, or probes, without being one
-    coder_sync.py stop [UNIT...]         end what runs, dependents first
-    coder_sync.py status UNIT | list     what stands where; also why, timeline, graph, events, ping
-    coder_sync.py env UNIT               the variables that UNIT would start with
+    coder_sync.py wait UNIT...           wait for units, or for probes, without being a unit
+    coder_sync.py stop [UNIT...]         end the commands of units, dependents first
+    coder_sync.py status UNIT | list     the state of a unit, or of all; also why, timeline, graph, events, ping
+    coder_sync.py env UNIT               the variables with which UNIT would start
     coder_sync.py reset | shutdown       start again: units; the agent
     coder_sync.py install [PATH]         make every call faster; also completion SHELL
     coder_sync.py help [TOPIC]           more about a command, headers, probes, exit-codes, json, protocol
@@ -45,12 +45,12 @@ Exit codes:
 
 The file is also a module: `from coder_sync import Client`. Its sections, top to bottom; each uses only those above it:
 
-    Errors          one hierarchy; each knows its exit code and its JSON-RPC code
+    Errors          one hierarchy; each class has an exit code and a JSON-RPC code
     Names and records
-                    the words of the rules, and what is known of a unit
+                    the words of the rules, and the data about a unit
     Protocol        newline-delimited JSON-RPC 2.0
     Terminal        standard output and error
-    Connection      what asks an agent
+    Connection      the client's side of the protocol
     Calls           plain command lines; want, start, complete, fail
     Client          the rest of the Python API
     Processes       what several sections need of the system
@@ -62,11 +62,11 @@ The file is also a module: `from coder_sync import Client`. Its sections, top to
     Install         a copy with its bytecode
     Command line    all other command lines, and the other commands
 
-The first lines make the file an executable, on any system with a `sh`: they start the interpreter isolated and without
-site, and call `launch`. The file is cut above Client. What stands above the cut is all that want, start, complete and
-fail need: `launch` compiles the rest only for other commands, and a copy by `install` has both parts as bytecode. Most
-of the time of a call goes into the start of the interpreter, so nothing is imported above the cut that such a call does
-not need: `os`, `socket`, `json`, `argparse`, `threading` and `typing` each cost more than all the rest of it.
+The first lines make the file an executable on any system with a `sh`: they start the interpreter isolated and without
+site, and call `launch`. The file is cut above Client. Only what stands above the cut is needed for want, start,
+complete and fail, so `launch` compiles no more for them; a copy made by `install` has both parts as bytecode. Most of
+the time of a call is the start of the interpreter, so nothing is imported above the cut that such a call does not need:
+`os`, `socket`, `json`, `argparse`, `threading` and `typing` each cost more than all the rest of the call.
 """
 
 #:
@@ -123,12 +123,12 @@ def code_in(file, below):  # type: (Any, bool) -> list[Any]
 
 
 def exit_on_signals():  # type: () -> None
-    """Have signals end this process, which is process 1: the system ignores them there unless they have a handler."""
+    """Have signals end this process, which is process 1: there they have no effect without a handler."""
     import _signal as signal  # type: ignore[import-not-found]
 
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(each) != signal.SIG_IGN:
-            signal.signal(each, lambda got, frame: posix._exit(128 + got))  # an exception may be lost in a callback
+            signal.signal(each, lambda got, frame: posix._exit(128 + got))  # a callback may drop an exception
 
 
 def launch():  # type: () -> None
@@ -148,7 +148,7 @@ def launch():  # type: () -> None
 
 
 #:
-(NEEDED := "Python 3.8 or later")  # an older one shows this line as a SyntaxError
+(NEEDED := "Python 3.8 or later")  # older versions show this line in a SyntaxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -196,15 +196,15 @@ SELF: Any = globals().get("SELF")  # this file, open while `launch` has loaded o
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
-START_TIMEOUT = 300.0  # seconds; the same default as the system whose scripts we run
+START_TIMEOUT = 300.0  # seconds; the default of `coder exp sync`
 CONNECT_TIMEOUT = 3.0
-REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
-STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
+REPLY_TIMEOUT = 30.0  # for an answer that waits for no unit
+STOPPED_TIMEOUT = 2.0  # for an answer to `run` or `boot` after a signal
 REPORT_EVERY = 30.0
-GRACE = 8.0  # seconds that a command has to end; docker kills after ten
-STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
+GRACE = 8.0  # seconds from TERM to KILL; docker kills a container after ten
+STOP_PATIENCE = 2.0  # seconds after KILL for which a stop waits for the end of commands
 NEVER = float("inf")  # a time
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # errors that pass when other processes end
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
 # ----------------------------------------------------------------------------------------------------------
@@ -212,11 +212,11 @@ LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 # client raises the same class again and exits with `exit_code`. Codes are those of JSON-RPC 2.0, section 5.1.
 # ----------------------------------------------------------------------------------------------------------
 
-ERRORS: dict[int, type[SyncError]] = {}  # those that cross the wire, by their code
+ERRORS: dict[int, type[SyncError]] = {}  # code -> class, of the errors that an agent sends
 
 
 class SyncError(Exception):
-    """The base of all our errors; `exit_code` is the command line's, `code` is JSON-RPC's."""
+    """The base class of all errors. `exit_code` is for the command line, `code` for JSON-RPC."""
 
     exit_code = 1
     code = -32000
@@ -232,11 +232,11 @@ class SyncError(Exception):
 
 
 class Refused(SyncError, code=-32000):
-    """The rules say no: a bad name, another outcome than the one on record, a limit."""
+    """The rules do not allow it: a bad name, a second outcome of a unit, a limit."""
 
 
 class CycleError(Refused, code=-32001):
-    """`data` is the cycle, its first name repeated last."""
+    """Dependencies would form a cycle: `data` is the list of its names, with the first repeated at the end."""
 
 
 class AlreadyStarted(Refused, code=-32002):
@@ -250,7 +250,7 @@ class NotRegistered(Refused, code=-32003):
 
 
 class DependencyFailed(SyncError, code=-32004, exit_code=4):
-    """A required dependency failed or was skipped, so waiting is over: `unit` names it, and `reason` says why."""
+    """A required dependency failed or was skipped: `unit` is its name, `reason` says why."""
 
     def __init__(self, message: str, data: Any = None) -> None:
         super().__init__(message, data)
@@ -259,15 +259,15 @@ class DependencyFailed(SyncError, code=-32004, exit_code=4):
 
 
 class Unreachable(SyncError, code=-32005, exit_code=3):
-    """No agent could be reached, it went away, or what answers is not one."""
+    """No agent could be reached, it went away, or another program answers."""
 
 
 class Foreign(Unreachable):
-    """What serves at the default path belongs to another user, who is not root."""
+    """The agent at the default path belongs to another user, who is not root."""
 
 
 class TimedOut(SyncError, code=-32006, exit_code=124):
-    """The time that the caller gave is up; `data` is a list of `Dependency`: what was missing."""
+    """The timeout is over; `data` is the list of missing dependencies."""
 
     def __str__(self) -> str:
         missing = []
@@ -278,7 +278,7 @@ class TimedOut(SyncError, code=-32006, exit_code=124):
 
 
 class InvalidRequest(SyncError, code=-32600):
-    """Not a JSON-RPC 2.0 request, or not one of ours."""
+    """Not a valid request of JSON-RPC 2.0."""
 
 
 class MethodNotFound(InvalidRequest, code=-32601):
@@ -290,11 +290,11 @@ class InvalidParams(InvalidRequest, code=-32602):
 
 
 class ParseError(InvalidRequest, code=-32700):
-    """Not JSON, too long or too deep: the rest of the stream cannot be trusted."""
+    """Not JSON, too long or nested too deeply: the rest of the stream cannot be trusted."""
 
 
 class UsageError(SyncError, exit_code=2):
-    """The command line, an environment variable or an argument of the API is wrong."""
+    """An error in the command line, an environment variable or an argument of the API."""
 
 
 class CommandError(SyncError):
@@ -306,18 +306,18 @@ class CommandError(SyncError):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Names and records. The words of the rules, what may be a name, and what is known of a unit, as it crosses the wire.
+# Names and records. The words of the rules, which names are valid, and the data about a unit that an agent sends.
 # ----------------------------------------------------------------------------------------------------------
 
-NOT_REGISTERED = "not registered"  # only ever wanted by others
+NOT_REGISTERED = "not registered"  # only named as a dependency
 PENDING = "pending"  # registered, not started
 STARTED = "started"
 COMPLETED = "completed"
 FAILED = "failed"
-SKIPPED = "skipped"  # will not start: something it requires failed, or was skipped itself
+SKIPPED = "skipped"  # will not start: a unit that it requires failed or was skipped
 ENDED = (COMPLETED, FAILED, SKIPPED)
-STOPPED = "stopped"  # how the process of a service ended, else its exit status: by `stop`
-LOST = "lost"  # with its supervisor; it may still run
+STOPPED = "stopped"  # how a service ended, if not with an exit status: by `stop`
+LOST = "lost"  # likewise: its supervisor is gone, and it may still run
 
 SUCCESS: Requirement = "success"
 COMPLETION: Requirement = "completion"
@@ -328,17 +328,16 @@ MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
 
 
-RECORDS: dict[str, type[Record]] = {}  # by their names
+RECORDS: dict[str, type[Record]] = {}  # name -> class
 
 
 class Record(Fields):
-    """A base for classes that hold data: each annotated attribute is a field, and its value in the class the default.
+    """A base class for data: each annotated attribute is a field, and its value in the class is the default.
 
-    Gives them what dataclasses.dataclass does, whose import costs more than a whole client call: an __init__ with
-    positional and keyword arguments, a repr, and equality.
+    Provides __init__, __repr__ and __eq__, as dataclasses.dataclass does, whose import costs more than a whole call.
     """
 
-    _fields: ClassVar[dict[str, Any]]  # in their order, each with its default, or ... if it has none
+    _fields: ClassVar[dict[str, Any]]  # name -> default, or ... if there is none
 
     def __init_subclass__(cls) -> None:
         cls._fields = {name: vars(cls).get(name, ...) for name in cls.__annotations__}
@@ -360,10 +359,7 @@ class Record(Fields):
 
 
 class Owner(Record):
-    """Who started a unit: a process id, its command line, and whether it still runs (None: unknown).
-
-    `born` tells the process from a later one with the same pid; not sent to clients.
-    """
+    """The process that started a unit. `born` tells it from a later one with the same pid, and is not sent."""
 
     pid: int  # process id
     command: str  # its command line, shortened to 60 characters
@@ -372,7 +368,7 @@ class Owner(Record):
 
 
 class Dependency(Record):
-    """One dependency of a unit as it stands now. `age` is seconds in the current status."""
+    """A dependency of a unit, and its state."""
 
     depends_on: str  # name of the dependency
     required_status: str  # what it must be: started, completed or ended
@@ -387,7 +383,7 @@ class Dependency(Record):
 
 
 class Waiting(Record):
-    """The notification `waiting`: what a start or a wait lacks, and for how many seconds it has waited."""
+    """The notification `waiting` of a start or a wait: the missing dependencies, and the seconds waited."""
 
     missing: list[Dependency]
     waited: float
@@ -401,29 +397,29 @@ class Running(Record):
 
 
 class Answer(Record):
-    """What the agent says of units: the answer to most requests, and the news of a boot's units."""
+    """The result of most requests, and the parameters of the notifications `unit` and `stop`."""
 
     unit: str = ""
     status: str = ""
     reason: str = ""
     dependencies: list[str] = []
     units: list[str] = []
-    env: dict[str, str] = {}  # what its dependencies have left for it
+    env: dict[str, str] = {}  # variables that its dependencies have left for it
     stopped: list[str] = []  # in the order in which they ended
-    left: list[Running] = []
-    cannot: list[Running] = []  # be stopped: a script called `start` itself
-    grace: float = 0.0  # seconds that a command which is to be stopped has
+    left: list[Running] = []  # still running
+    cannot: list[Running] = []  # cannot be stopped: a script called `start` itself
+    grace: float = 0.0  # seconds from TERM to KILL
 
 
 def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
-    """Return a process for a message, after `by`: `bash setup.sh (pid 4242)`; nothing for None."""
+    """Return the text for a process in a message, `bash setup.sh (pid 4242)`, after `by`; an empty text for None."""
     if owner is None:
         return ""
     return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def check_name(name: object, what: str = "unit") -> str:
-    """Return `name` if it may name a unit (or a lock), else raise Refused, or InvalidParams for what is no text."""
+    """Return `name` if it is a valid name of a unit or a lock. Raises Refused, or InvalidParams if it is not a str."""
     if not isinstance(name, str):
         raise InvalidParams(f"a {what} name must be a string, not {type(name).__name__}")
     if not name:
@@ -436,12 +432,12 @@ def check_name(name: object, what: str = "unit") -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text in which whatever cannot be printed is written as an escape."""
+    """Return a text with escapes for the characters that cannot be printed."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
-    """Return free text as one printable, bounded line."""
+    """Return a text as one printable line of at most MAX_REASON characters."""
     flat = "".join(c if c.isprintable() else " " for c in text[: 4 * MAX_REASON])
     flat = " ".join(flat.split())
     return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
@@ -450,17 +446,17 @@ def one_line(text: str) -> str:
 # ----------------------------------------------------------------------------------------------------------
 # Protocol. One JSON-RPC 2.0 object a line, UTF-8, over a Unix stream socket; requests at most 64 KiB. Answers
 # may come out of order. Notifications: `waiting`, at once and then every 30 s, for `start` and `wait` with
-# `"progress": true`; `unit` for each status of a unit of a `boot`; `stop` to who is to end a unit's command;
+# `"progress": true`; `unit` for each status of a unit of a `boot`; `stop` to a supervisor that must end a command;
 # `event` for `events` with `"follow": true`.
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_LINE = 65536  # bytes, of a request
-MAX_REPLY = 256 << 20  # bytes; what a client takes from an agent
+MAX_REPLY = 256 << 20  # bytes, of an answer
 MAX_DEPTH = 32  # of JSON brackets: deeper input overflows the C stack of a small thread, which is not an exception
 
 
 class _Scanner:
-    """What json.decoder.JSONDecoder would tell the C scanner."""
+    """The settings that json.decoder.JSONDecoder gives to the C scanner."""
 
     strict, object_hook, object_pairs_hook, array_hook = True, None, None, None
     parse_float, parse_int = float, int
@@ -502,7 +498,7 @@ def encode(message: dict[str, Any]) -> bytes:
 
 
 def decode(line: bytes) -> Any:
-    """Return the value on a line. Raises ParseError for what is not UTF-8, not JSON, or nested too deeply."""
+    """Return the value of a line. Raises ParseError if it is not UTF-8, not JSON, or nested too deeply."""
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
         raise ParseError(f"JSON nested deeper than {MAX_DEPTH} levels")
     try:
@@ -512,7 +508,7 @@ def decode(line: bytes) -> Any:
 
 
 def _depth(line: bytes) -> int:
-    """Return how deep the brackets of a line nest, without those inside strings."""
+    """Return how deeply the brackets of a line are nested, without those inside strings."""
     others = bytes(b for b in range(256) if b not in b"[]{}")
     outside = line.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
     depth = deepest = 0
@@ -522,11 +518,11 @@ def _depth(line: bytes) -> int:
     return deepest
 
 
-NOT_SENT = ("born",)  # fields that stay with the agent
+NOT_SENT = ("born",)  # fields that only the agent has
 
 
 def error_message(request: Any, error: SyncError) -> dict[str, Any]:
-    """Return an error as the answer to a request."""
+    """Return the answer to a request that has failed."""
     body = {"code": error.code, "message": str(error.args[0])}
     if error.data is not None:
         body["data"] = plain(error.data)
@@ -554,7 +550,7 @@ def record(kind: type[R], data: Any) -> R:
 
 
 def typed(value: Any, annotation: str) -> Any:
-    """Return a value from JSON, made printable, if it is what an annotation says. Raises TypeError."""
+    """Return a value from JSON, made printable, if it has the type of the annotation. Raises TypeError."""
     kind, optional, _ = annotation.partition(" | None")
     name, _, inner = kind.rstrip("]").partition("[")
     if optional and value is None:
@@ -575,7 +571,7 @@ def typed(value: Any, annotation: str) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Terminal. Environment variables, standard output and error, and what messages are made of.
+# Terminal. Environment variables, standard output and error, and parts of messages.
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = FILE.rpartition("/")[2]
@@ -594,7 +590,7 @@ def put(text: str, fd: int = 1) -> bool:
         while data:
             try:
                 data = data[posix.write(fd, data) :]
-            except BlockingIOError:  # another process that shares it has set O_NONBLOCK
+            except BlockingIOError:  # another process has set O_NONBLOCK on the same terminal or pipe
                 time.sleep(0.01)
     except BrokenPipeError:
         posix.dup2(null(), fd)
@@ -606,7 +602,7 @@ def put(text: str, fd: int = 1) -> bool:
 
 
 def say(text: str, fd: int = 1, quiet: bool = False) -> None:
-    """Print a line about what was done; it is no error if that cannot be written."""
+    """Print a line about what was done. That it cannot be written is no error."""
     if not quiet:
         try:
             put(text + "\n", fd)
@@ -615,7 +611,7 @@ def say(text: str, fd: int = 1, quiet: bool = False) -> None:
 
 
 def null() -> int:
-    """Return a descriptor of /dev/null, or of something like it if there is none."""
+    """Return a file descriptor for /dev/null, or for a closed connection if there is none."""
     try:
         return posix.open("/dev/null", posix.O_RDWR)
     except OSError:
@@ -627,7 +623,7 @@ def null() -> int:
 
 
 def getenv(name: str) -> str:
-    """Return an environment variable, empty if unset; honours changes made through os.environ."""
+    """Return an environment variable, or an empty text; honours changes made through os.environ."""
     if "os" in sys.modules:
         return str(sys.modules["os"].environ.get(name, ""))
     return posix.environ.get(name.encode(), b"").decode(sys.getfilesystemencoding(), "surrogateescape")
@@ -644,7 +640,7 @@ def span(seconds: float) -> str:
 
 
 def some_names(names: Sequence[str]) -> str:
-    """Return names for a message, 20 at most."""
+    """Return a list of names for a message, at most 20 of them."""
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
@@ -705,7 +701,7 @@ class Channel:
     """A connection to an agent: sends requests, receives messages."""
 
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
-        """Connect, trying for `connect_timeout` seconds, unless `sock` is connected already. Raises Unreachable."""
+        """Use the connected socket `sock`, or connect, trying for `connect_timeout` seconds. Raises Unreachable."""
         self.path = path
         self._last_id = 0
         self._buffer = bytearray()  # the beginning of a line
@@ -713,7 +709,7 @@ class Channel:
         self.sock: Any = sock or connected(path, connect_timeout)
         self.pid, self.uid = who_is_at(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
-        self._warned = False  # that variables are not taken
+        self._warned = False  # by `as_answer`
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
             self.close()
             who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
@@ -755,7 +751,7 @@ class Channel:
         return message
 
     def expect(self, quiet: float = 0.0, deadline: float = NEVER) -> dict[str, Any] | None:
-        """Return the next message, or None at the time `deadline`.
+        """Return the next message, or None at `deadline`.
 
         The agent may be silent for `quiet` seconds. It is named in a warning NAMED_AFTER seconds later, and taken for
         gone REPLY_TIMEOUT seconds later: raises Unreachable.
@@ -1062,14 +1058,14 @@ def wait_for(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Calls. What reads plain command lines, and the commands that scripts call most: `want`, `start`, `complete`, `fail`. A
-# command is a small function; above it stands what it takes, in argparse's words, for `quick`, for argparse, and for
-# completion. The file is cut below this section: up to here it is all that such a call needs.
+# Calls. The commands that scripts call most, `want`, `start`, `complete` and `fail`, and the parser of plain command
+# lines. A command is a function, with a decorator that declares its arguments in the words of argparse: for `quick`,
+# for argparse and for completion. The file is cut below this section.
 # ----------------------------------------------------------------------------------------------------------
 
 
 def dependency_text(row: Dependency) -> str:
-    """Return where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
+    """Return the state of a dependency in words: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
     text = f"{row.depends_on} {row.current_status}"
     if row.current_status == NOT_REGISTERED:
         return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
@@ -1097,33 +1093,33 @@ def base_client(args: Args) -> BaseClient:
 
 
 def number(text: str) -> int:
-    """Return the whole number from 0 on that a text is. Raises UsageError."""
+    """Return the number that a text has in decimal digits. Raises UsageError."""
     if text.isdecimal() and len(text) < 10:
         return int(text)
     raise UsageError(f"not a whole number from 0 on: {ascii(text)[:40]}")
 
 
 def signed(text: str) -> int:
-    """Return the whole number that a text is, as an exit status: Python has -N for signal N. Raises UsageError."""
+    """Return the exit status that a text has, -N for signal N, as in Python. Raises UsageError."""
     return -number(text[1:]) if text[:1] == "-" else number(text)
 
 
 class Argument:
     """An option or a positional of a command, declared in the words of argparse's add_argument.
 
-    Unlike there, the default is an empty text, or an empty list for what may be repeated.
+    Unlike there, the default is an empty text, or an empty list if the argument may be repeated.
     """
 
     def __init__(self, *names: str, **words: Any) -> None:
         self.names, self.words = names, words
-        self.dest = names[-1].lstrip("-").replace("-", "_")  # the attribute of Args that has its value
+        self.dest = names[-1].lstrip("-").replace("-", "_")  # the attribute of Args for the value
         self.is_option = names[0][0] == "-"
         self.is_repeated = "nargs" in words or words.get("action") == "append"
         self.takes_value = self.is_repeated or "action" not in words
         self.default = words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
     def read(self, text: str) -> Any:
-        """Return the value of a text. Raises UsageError, which names the argument."""
+        """Convert a text to a value of the argument. Raises UsageError."""
         choices = self.words.get("choices", [text])
         try:
             if text not in choices:
@@ -1140,11 +1136,10 @@ def flag(*names: str, help: str) -> Argument:
 
 
 class Command:
-    """A decorator that makes a function `cmd_NAME` the command NAME, with its example, options and positionals.
+    """A decorator that makes a function `cmd_NAME` the command NAME, with an example and arguments.
 
-    The last positional may be repeated. `tail` is argparse's `nargs` for the words of a command behind `--`, where
-    these are not positionals. The docstring of the function is the text of the help page; the function returns the
-    exit status, None for 0.
+    Its last positional may be repeated. `tail` is "*" or "+" if the words after `--` are a command to run, which may or
+    must be there. The docstring of the function is its help; it returns the exit status, or None for 0.
     """
 
     parse: ClassVar[Callable[[Sequence[str]], tuple[Command, Args]]]  # with argparse; set below the cut
@@ -1161,11 +1156,11 @@ class Command:
 
     @property
     def options(self) -> dict[str, Argument]:
-        """The options by each of their names."""
+        """The options, by each of their names."""
         return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
     def take(self, args: Args, names: Sequence[str]) -> None:
-        """Give names to the positionals. Raises UsageError."""
+        """Set the positionals in `args` to `names`. Raises UsageError."""
         for argument in self.positionals:
             if not names and argument.words.get("nargs") != "*":
                 raise UsageError(f"the following arguments are required: {argument.words['metavar']}")
@@ -1205,20 +1200,20 @@ COMMANDS: dict[str, Command] = {}
 
 
 class Reporter:
-    """Prints what a wait lacks; `waited` tells whether there was one."""
+    """Prints the missing dependencies during a wait; `waited` is whether there has been one."""
 
-    def __init__(self, args: Args, who: str, fd: int = 1) -> None:
-        self.args, self.who, self.fd, self.waited = args, who, fd, False
+    def __init__(self, args: Args, prefix: str, fd: int = 1) -> None:
+        self.args, self.prefix, self.fd, self.waited = args, prefix, fd, False
 
     def __call__(self, missing: list[Dependency], waited: float) -> None:
         how = f"still waiting after {span(waited)}" if self.waited else "waiting"
         self.waited = True
         more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
-        text = f"{self.who}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
+        text = f"{self.prefix}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
         say(text, self.fd, self.args.quiet)
 
     def started(self, started: Started) -> str:
-        """Return in words how a start went."""
+        """Return the line about a start."""
         if self.waited:
             return f"started after {span(started.waited)}"
         if not started.dependencies:
@@ -1287,16 +1282,16 @@ def cmd_fail(args: Args) -> None:
 
 
 def split_tail(command: Command, words: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """Return our words, and those of the command behind `--`, or None if that is missing."""
+    """Split a command line at `--`. The second part is the command to run, None if it is needed and missing."""
     end = words.index("--") if command.tail and "--" in words else len(words)
     tail = list(words[end + 1 :])
     return list(words[:end]), None if not tail and (end < len(words) or command.tail == "+") else tail
 
 
 def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
-    """Read a plain command line, `COMMAND NAME... --option VALUE -q`, with or without `exp sync` in front.
+    """Parse a plain command line, `COMMAND NAME... --option VALUE -q`, with or without `exp sync` before it.
 
-    Return None for any other, also for one with a mistake: argparse reads it, whose import costs more than a call.
+    Return None for others and for mistakes: these need argparse, whose import costs more than a whole call.
     """
     try:
         name, *words = argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv
@@ -1333,7 +1328,7 @@ def name_process() -> None:
 
 
 def shortage(error: Exception) -> str:
-    """Return what there is too little of, if that is why an error came; else nothing."""
+    """Return the resource whose lack has caused an error, or an empty text."""
     try:
         posix.getcwd()
     except OSError:
@@ -1343,13 +1338,13 @@ def shortage(error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and end the process at once: tidying up an interpreter takes longer than the call."""
+    """Run a command line and exit at once: to finalize the interpreter would take longer than the call."""
     code = 0
     try:
         for fd in (0, 1, 2):
             try:
                 posix.fstat(fd)
-            except OSError:  # closed: no socket of ours must take its place
+            except OSError:  # closed: a socket must not get this number
                 null()
         if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
@@ -1368,7 +1363,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
         put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
-    except Exception as error:  # a lack of something, or a defect of ours; no traceback reaches a user
+    except Exception as error:  # users see no traceback
         lack = shortage(error)
         defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
         put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
@@ -1390,12 +1385,13 @@ elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Client. The rest of the Python API, on which the command line is built; what it returns; and guesses at names.
+# Client. The rest of the Python API, on which the command line is built; the records that it returns; suggestions for
+# names.
 # ----------------------------------------------------------------------------------------------------------
 
 
 class Event(Record):
-    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
+    """Something that happened to a unit."""
 
     seq: int  # its number, counted from 1
     time: float  # seconds, on the monotonic clock of the agent's system
@@ -1406,9 +1402,9 @@ class Event(Record):
 
 
 class UnitStatus(Record):
-    """A snapshot of one unit. Times are seconds since the agent began, or None for what has not happened.
+    """A snapshot of one unit. Times are in seconds since the agent began, or None for what has not happened.
 
-    `dependencies` and `history` are empty unless this one unit was asked for.
+    Only `status` fills `dependencies` and `history`.
     """
 
     unit_name: str  # name
@@ -1445,7 +1441,7 @@ class UnitStatus(Record):
 
 
 class Pong(Record):
-    """The agent's answer to `ping`; `uptime` in seconds."""
+    """The result of `ping`; `uptime` is in seconds."""
 
     version: str
     pid: int
@@ -1453,22 +1449,22 @@ class Pong(Record):
 
 
 class Graph(Record):
-    """All units at one time, `now`, in seconds since the agent began."""
+    """All units at the time `now`, in seconds since the agent began."""
 
     now: float
     nodes: list[UnitStatus]
 
 
 class Client(BaseClient):
-    """Talk to an agent. All times in seconds.
+    """The Python API: requests to an agent. All times are in seconds.
 
-    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
-    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
+    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules do not allow it; CycleError,
+    AlreadyStarted and NotRegistered are subclasses). `exit_code` of an error is the exit status of the command line.
+    An agent that is silent for 5 seconds is named in a warning on standard error; after 30 it is taken for gone.
     """
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
-        """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
+        """Return the agent's `version`, `pid` and `uptime`; try to reach it for `wait` seconds."""
         with Channel(self.socket_path, max(wait, self.connect_timeout or 0.0)) as channel:
             return vars(record(Pong, channel.call("ping")))
 
@@ -1479,7 +1475,7 @@ class Client(BaseClient):
         timeout: float = START_TIMEOUT,
         on_wait: Callable[[list[Dependency], float], None] | None = None,
     ) -> float:
-        """Wait until units meet `requires`; return the seconds it took. Raises DependencyFailed, TimedOut."""
+        """Wait until units meet `requires`; return the seconds waited. Raises DependencyFailed, TimedOut."""
         began = time.monotonic()
         with self._channel("wait") as channel:
             wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
@@ -1488,23 +1484,20 @@ class Client(BaseClient):
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
 
-        Returns their names. Raises NotRegistered, or Refused while one of them is started.
+        Return their names. Raises NotRegistered, or Refused while one of them is started.
         """
         return record(Answer, self._call("reset", units=list(units))).units
 
     def env(self, unit: str) -> dict[str, str]:
-        """Return the environment variables that `unit` would start with: what its dependencies have left.
-
-        Raises NotRegistered.
-        """
+        """Return the environment variables that dependencies have left for `unit`. Raises NotRegistered."""
         with self._channel("env") as channel:
             return channel.as_answer(channel.call("env", unit=unit)).env
 
     def stop(self, *units: str, grace: float = GRACE) -> list[str]:
-        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
+        """End the commands of units and of their dependents, these first; of all units if none is named.
 
-        Returns the names of the units that were stopped, when all have ended: what ignores TERM is killed after `grace`
-        seconds. Raises NotRegistered, or Refused if something still runs.
+        Return the names of the units when their commands have ended; those that ignore TERM are killed after `grace`
+        seconds. Raises NotRegistered, or Refused if a command still runs.
         """
         answer = self.halt(*units, grace=grace)
         if answer.left or answer.cannot:
@@ -1512,7 +1505,7 @@ class Client(BaseClient):
         return answer.stopped
 
     def halt(self, *units: str, grace: float = GRACE) -> Answer:
-        """As `stop`, but return what was `stopped`, what is `left`, and what `cannot` be stopped."""
+        """Do the same as `stop`, but return units that were `stopped`, are `left`, and `cannot` be stopped."""
         with self._channel("stop") as channel:
             request = channel.request("stop", units=list(units), grace=grace)
             return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
@@ -1521,10 +1514,8 @@ class Client(BaseClient):
         """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
         with self._channel("shutdown") as channel:
             channel.call("shutdown")
-            end = time.monotonic() + REPLY_TIMEOUT
             try:
-                while channel.receive(end - time.monotonic()):
-                    pass
+                channel.receive(REPLY_TIMEOUT)  # until the agent closes the connection
             except Unreachable:
                 return
             raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
@@ -1534,30 +1525,29 @@ class Client(BaseClient):
         return record(UnitStatus, self._call("status", unit=unit))
 
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
-        """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
+        """Return snapshots of all units, sorted by name; `everything` includes names that are not registered."""
         return records(UnitStatus, self._call("list", all=everything))
 
     def graph(self) -> Graph:
-        """Return all units with their edges and times."""
+        """Return all units with their dependencies and times."""
         graph = record(Graph, self._call("graph"))
         names = {u.unit_name for u in graph.nodes}
         for u in graph.nodes:
-            words = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
-            if not words or not u.wants.keys() <= names:
+            known = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
+            if not known or not u.wants.keys() <= names:
                 raise Unreachable("the answer is not a Graph; are agent and client of one version?")
         return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
-        """Iterate over the events after the number `since`, oldest first, and with `follow` over what happens next.
+        """Iterate over the events after number `since`, oldest first, and with `follow` over new ones as they happen.
 
-        The agent remembers the last 100,000 events. Raises Unreachable when the agent ends, and for a follower that
-        does not read in time.
+        The agent remembers the last 100,000 events. Raises Unreachable when it ends, or if a follower reads too slowly.
         """
         with self._channel("events") as channel:
             yield from records(Event, channel.call("events", follow=follow, since=since))
             while follow:
                 message = channel.receive(REPORT_EVERY)
-                if message is None:  # is the agent still there?
+                if message is None:  # no event, or the agent hangs
                     channel.request("ping")
                     message = channel.expect() or {}
                 if message.get("method") == "event":
@@ -1573,8 +1563,8 @@ class Client(BaseClient):
     ) -> Block:
         """Return a context manager that starts `unit`, and completes it at the end of the block.
 
-        A block that raises fails the unit, with the exception's text as the reason; so does the end of the process.
-        sys.exit() and sys.exit(0) complete it. Entering the block raises what `start` does.
+        If the block raises, the unit fails, with the exception as the reason; also if the process ends. sys.exit() and
+        sys.exit(0) complete it. To enter the block raises the same exceptions as `start`.
         """
         return Block(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
@@ -1600,18 +1590,18 @@ class Block:
             try:
                 channel.call("fail" if outcome else "complete", unit=self.start.result.unit, **outcome)
             except SyncError:
-                if error is None:  # else the block's own exception matters more
+                if error is None:  # otherwise the block's own exception matters more
                     raise
 
 
 def let_go(unit: str, owner: Owner | None) -> str:
-    """Return what to do about a unit whose owner has gone, for the end of a message."""
+    """Return the end of a message about a unit: what to do if its owner has gone."""
     gone = owner is not None and owner.alive is False
     return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
 
 
 def still_running(answer: Answer) -> str:
-    """Return what a stop has not ended, for a message."""
+    """Return the message about commands that `stop` has not ended."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
     for row in answer.cannot:
         way = let_go(row.unit, row.owner) or ", which has no supervisor: end that process"
@@ -1620,7 +1610,7 @@ def still_running(answer: Answer) -> str:
 
 
 def make_client(args: Args) -> Client:
-    """Return the client that the common options describe."""
+    """Return a client for the common options."""
     return Client(args.socket_path, args.connect_timeout)
 
 
@@ -1628,17 +1618,17 @@ def resembling(name: str, names: Iterable[str]) -> str:
     """Return the one of `names` that `name` may be a misspelling of, or an empty text."""
     try:
         from difflib import get_close_matches
-    except (ImportError, OSError):  # no descriptor left to read it with
+    except (ImportError, OSError):  # too many open files
         return ""
     from itertools import islice
 
-    digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
+    digits = str.maketrans("", "", "0123456789")  # db-1 is not a misspelling of db-2
     close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
     return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
 
 
 def meant(guess: str, otherwise: str = "") -> str:
-    """Return the end of a message about an unknown name: the one it resembles, or something else."""
+    """Return the end of a message about an unknown name: the name that it resembles, or `otherwise`."""
     return f'; did you mean "{guess}"?' if guess else otherwise
 
 
@@ -1784,13 +1774,13 @@ def in_background() -> tuple[int, int]:
     return 0, front
 
 
-# -- signals, and how a command is run------------------------------------------------------------------------
+# -- signals, and how a command is run ---------------------------------------------------------------------
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # end an agent without a command
 PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # go to the command, if there is one
 
 
-def heeded(numbers: Iterable[int]) -> list[int]:
-    """Return signals without those that our parent has set to be ignored, as nohup(1) does; TERM is kept."""
+def not_ignored(numbers: Iterable[int]) -> list[int]:
+    """Return signals without those that our parent has set to be ignored, as nohup(1) does, but with TERM."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -1881,7 +1871,8 @@ class Family:
 
     def terminate_others(self) -> None:
         """Send TERM to all processes but the first."""
-        for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
+        group = [-self.pid] if not self._known and self.has_group() else []  # there is no /proc
+        for pid in self._others() or group:
             signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
@@ -1894,13 +1885,13 @@ class Loop:
     """The event loop of the main thread: signals, ends of children, file descriptors, and a time.
 
     Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with the other file
-    descriptors: so no signal is missed between two polls. Until `give_back`, signals have no other effect.
+    descriptors: so no signal is missed between two polls. Until `restore_signals`, signals have no other effect.
     """
 
     def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
-        self.numbers = heeded(numbers)
+        self.numbers = not_ignored(numbers)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> callback for its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None  # as of the present turn
@@ -1945,7 +1936,7 @@ class Loop:
             if self._handlers.pop(fd, None):
                 self._poll.unregister(fd)
 
-    def give_back(self) -> None:
+    def restore_signals(self) -> None:
         """Restore the handlers of signals, as needed before exec.
 
         Raises SystemExit(128+N) if signal N, which is not SIGWINCH, was received after the last turn.
@@ -2165,7 +2156,7 @@ class Unit:
         self.unmet = 0  # number of dependencies whose requirement is not met
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.locks: tuple[Lock, ...] = ()  # that it has, or in whose lines it stands
+        self.locks: tuple[Lock, ...] = ()  # locks that it has or waits for
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.forget_run()
 
@@ -2201,10 +2192,10 @@ class Unit:
         return f'unit "{self.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
 
     def lacks(self) -> Iterator[tuple[Unit, str | Lock]]:
-        """Iterate over what keeps the unit from starting, as pairs.
+        """Iterate over what keeps the unit from starting.
 
-        (dependency, requirement that it does not meet); (the unit itself, START) while the answer to an earlier start
-        is being delivered; (unit that has or gets the lock first, lock) if no dependency is unmet.
+        Yields (dependency, requirement that it does not meet); (this unit, START), while the answer to an earlier start
+        is being delivered; and, if no dependency is unmet, (unit that has a lock or gets it first, lock).
         """
         if self.unmet:
             yield from ((d, requirement) for d, requirement in self.wants.items() if d.status not in MEETS[requirement])
@@ -2321,7 +2312,7 @@ class Units:
         self.waits = 0  # claims in line, except those of boots
         self.events: dict[int, Event] = {}  # by number
         self.seq = 0  # number of the last event
-        self.locks: dict[str, Lock] = {}  # that a unit has or waits for
+        self.locks: dict[str, Lock] = {}  # locks that units have or wait for, by name
         self.has_environment = False  # whether any unit has left variables
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
         self.stopping: dict[Unit, StopOrder] = {}
@@ -2659,7 +2650,7 @@ class Units:
             self.answer(claim, answer)
 
     def _settle_all(self, *units: Unit) -> None:
-        """Settle units, then those that wait for a lock which has a place again, then those that a change affects."""
+        """Settle these units, then the units that wait for freed locks, then the units that changes affect."""
         for unit in units:
             self._settle(unit)
         while self._freed or self._affected:  # no recursion, since chains may be long
@@ -2676,10 +2667,10 @@ class Units:
             self.keep_time()
 
     def _set(self, unit: Unit, outcome: Outcome) -> None:
-        """Give a unit a status, which nothing else does, and update `unmet` of its dependents."""
+        """Set the status of a unit; no other method does. Update `unmet` of its dependents."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
-        if status != STARTED and not (status == FAILED and unit.holder):  # that keeps its locks until its claim ends
+        if status != STARTED and not (status == FAILED and unit.holder):  # else its claim keeps the locks
             self._free(unit)
         if status == PENDING:
             unit.forget_run()
@@ -2824,7 +2815,7 @@ class Units:
         return edges
 
     def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
-        """Give a unit these edges in place of those that it had."""
+        """Replace the edges of a unit."""
         before, unit.wants = unit.wants, edges
         self.edges += len(edges) - len(before)
         unit.unmet = sum(other.status not in MEETS[requires] for other, requires in edges.items())
@@ -3286,7 +3277,7 @@ class Agent:
         self.leaving = False  # the agent is about to end, and takes no more claims
         self.owners: dict[Claim, io.FileIO | None] = {}  # claim of a `start --pid` -> pidfd of the process, if any
         self._owners_wake = WakeUp()
-        Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
+        Thread(target=self.for_ever, args=("watching processes", self._await_owners), daemon=True).start()
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
         """Call `step` for ever, whatever goes wrong: the body of a thread. `doing` is for the log."""
@@ -3717,7 +3708,7 @@ class Agent:
             pass
         self._owners_wake.wake()
 
-    def _look_at_owners(self) -> None:
+    def _await_owners(self) -> None:
         """Wait until an owner ends, or until Units.keep_time is due. Without a pidfd, check the owner each second."""
         self._owners_wake.awake = False
         with self.lock:
@@ -3743,7 +3734,7 @@ class Agent:
     def stop_units(self, everything: bool, grace: float) -> Stop | None:
         """Begin to stop commands that run on, or all that have a supervisor, and start none. None if there are none."""
         with self.lock:
-            self._turn_away()
+            self._refuse_claims()
             units = self.units.units.values()
             names = [u.name for u in units if u.facts.running_on or (everything and u.supervisor())]
             if not names:
@@ -3752,7 +3743,7 @@ class Agent:
         self._owners_wake.wake()
         return stop
 
-    def _turn_away(self) -> None:
+    def _refuse_claims(self) -> None:
         """Take no more claims, and answer those that wait with Unreachable. Called under the lock."""
         self.leaving = True
         for claim in [claim for connection in self.connections for claim in connection.open.values()]:
@@ -3761,7 +3752,7 @@ class Agent:
     def stop(self) -> None:
         """Answer all claims that wait, and give the connections a second to send what is in their outboxes."""
         with self.lock:
-            self._turn_away()
+            self._refuse_claims()
             connections, self.connections = self.connections, set()  # when these close no claim ends
         deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
@@ -4081,10 +4072,10 @@ def serve(host: Host, background: bool = False) -> None:
             os.close(ready)
         from signal import Signals
 
-        came: list[int] = []
-        while not came:
-            came = loop.turn()
-        host.agent.log.say(f"stopping: got {Signals(came[0]).name}")
+        numbers: list[int] = []
+        while not numbers:
+            numbers = loop.turn()
+        host.agent.log.say(f"stopping: got {Signals(numbers[0]).name}")
         notify("STOPPING=1")
         host.stop_units(loop, everything=os.getpid() == 1)
 
@@ -4271,7 +4262,7 @@ def plain_units(units: Iterable[UnitStatus], keys: Iterable[str]) -> list[dict[s
 
 
 # -- what all pictures of a startup share -------------------------------------------------------------------
-PHASES = {  # of a unit: its glyph, the same in ASCII; in SVG its class ("": that of the status), top and height
+PHASES = {  # of a unit: glyph and its ASCII form; in SVG the class (if empty, the status is the class), top and height
     "runs on as a service": ("\u2500-", "", 9, 3),
     "waits": ("\u2591.", "w", 7, 6),
     "waits for a lock": ("\u2592:", "l", 7, 6),
@@ -4323,10 +4314,8 @@ class Startup:
         self.last = max([self.first, *times])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        rows = [self.bars[u.unit_name] for u in known]
-        self.rows = sorted(
-            rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered or 0.0, b.name)
-        )
+        rows = (self.bars[u.unit_name] for u in known)
+        self.rows = sorted(rows, key=lambda bar: (not bar.has_run, bar.started, bar.name))
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
         self.critical, steps = set(names), set(zip(names, names[1:]))
@@ -4348,7 +4337,7 @@ class Startup:
                 break
             if bar.has_run:
                 path.append((bar, max(0.0, min(bar.ended, until) - bar.started)))
-            until = bar.started  # of a skipped unit: its end
+            until = bar.started  # a skipped unit has its end here
             before = [self.bars[d] for d in bar.unit.wants if d in self.bars]
             before = [b for b in before if b.unit.ended is not None and b.ended <= until]
             bar = self.bars.get(bar.unit.released_by) or max(before, key=lambda b: b.ended, default=None)
@@ -4374,7 +4363,7 @@ class Startup:
 
 # -- the timeline -------------------------------------------------------------------------------------------
 def ticks(length: float, most: int) -> list[tuple[float, str]]:
-    """Return round numbers of seconds for an axis, at most `most` after 0 and not many less, each with its text."""
+    """Return round times with labels for an axis of `length` seconds: 0 and at most `most` others, not many fewer."""
     steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
     steps += [60 * m for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720)]
     step = next((s for s in [*steps, 86400.0, 2 * 86400.0] if length / s <= max(most, 1)), length or 1.0)
@@ -4384,7 +4373,7 @@ def ticks(length: float, most: int) -> list[tuple[float, str]]:
 
 
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
-    """Draw every unit on one axis of time, with its outcome; a star marks those on the critical path."""
+    """Draw each unit as a row on one axis of time; a star marks the units on the critical path."""
     glyphs = {phase: both[not unicode] for phase, (both, *_) in PHASES.items()}
     startup, dots = Startup(graph), "\u2026" if unicode else "~"
     summary = wrap(startup.summary(), width, dots)
@@ -4475,10 +4464,7 @@ def read_timeline(text: str | bytes, name: str) -> Startup:
 
 
 def compare_text(before: Startup, now: Startup) -> str:
-    """Compare how long each unit took in two startups: first the units that did not complete, then the largest change.
-
-    The time of a unit that did not complete is not compared.
-    """
+    """Compare how long units took in two startups: the largest change first, after what did not complete in both."""
 
     def change(seconds: float) -> str:
         return "0" if abs(seconds) < 0.0005 else f"{'+' if seconds > 0 else '-'}{span(abs(seconds))}"
@@ -4491,13 +4477,13 @@ def compare_text(before: Startup, now: Startup) -> str:
     bars = [{bar.name: bar for bar in startup.rows} for startup in (before, now)]
     rows: list[tuple[float, list[str]]] = []
     for name in sorted({**bars[0], **bars[1]}):
-        old, new = pair = [of_startup.get(name) for of_startup in bars]
-        seconds = (new.ran if new else 0.0) - (old.ran if old else 0.0)
-        text = "came" if old is None else "went" if new is None else change(seconds)
-        if any(bar and bar.unit.status != COMPLETED for bar in pair):
-            seconds, text = NEVER, "-"
+        old, new = (of_startup.get(name) for of_startup in bars)
+        seconds, text = NEVER, "-"
+        if old and new and old.unit.status == new.unit.status == COMPLETED:
+            seconds = new.ran - old.ran
+            text = change(seconds)
         critical = [word for word, startup in (("before", before), ("now", now)) if name in startup.critical]
-        rows.append((-abs(seconds), [name, *map(cell, pair), text, " and ".join(critical)]))
+        rows.append((-abs(seconds), [name, cell(old), cell(new), text, " and ".join(critical)]))
     text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
     complete = all(bar.unit.status == COMPLETED for bar in (*before.rows, *now.rows))
     verdict = change(now.length - before.length) if complete else "not every unit completed"
@@ -4534,7 +4520,7 @@ def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
     from html import escape
 
-    startup, found = Startup(graph), obstacles(graph)
+    startup, causes = Startup(graph), obstacles(graph)
     column, height, axis = 7.4, 20, 760.0  # pixels: width of a character, height of a row, length of the axis of time
     outcomes = [fit(status_and_reason(bar.unit), 60).rstrip() for bar in startup.rows]
     left = 16 + column * min(max((text_width(bar.name) for bar in startup.rows), default=0), 60)
@@ -4552,7 +4538,7 @@ def timeline_svg(graph: Graph) -> str:
     for i, (bar, outcome) in enumerate(zip(startup.rows, outcomes)):
         y, status, is_critical = top + height * i, bar.unit.status, bar.name in startup.critical
         starts[bar.name] = left + (bar.started - startup.first) * scale, y
-        body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, found[bar.name]))}</title>")
+        body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, causes[bar.name]))}</title>")
         body.append(f'<rect class="{"yz"[i % 2]}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
         body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else ""))
         for phase, start, end in bar.phases:
@@ -4676,7 +4662,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
     These are the dependencies that do not meet their requirement or, if there are none, the units that have its locks.
     """
     statuses = {u.unit_name: u.status for u in graph.nodes}
-    found: dict[str, dict[str, str]] = {}
+    causes: dict[str, dict[str, str]] = {}
     for u in graph.nodes:
         unmet: list[str] = []
         if u.status == SKIPPED:
@@ -4686,8 +4672,8 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
         words = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in unmet}
         if u.is_waiting and not unmet:
             words = {u: f'lock {lock}, which "{u}" has' for lock, u in u.blocked_by.items() if u in statuses}
-        found[u.unit_name] = words
-    return found
+        causes[u.unit_name] = words
+    return causes
 
 
 def is_notable(unit: UnitStatus, now: float) -> bool:
@@ -4702,17 +4688,17 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
 
     Without names: the root causes of all that is stuck, and what failed, gave up, has ended or runs long.
     """
-    found = obstacles(graph)
+    causes = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
     units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
-    stuck = {u.unit_name: found[u.unit_name] for u in graph.nodes if u.waiting is not None or u.status == SKIPPED}
+    stuck = {u.unit_name: causes[u.unit_name] for u in graph.nodes if u.waiting is not None or u.status == SKIPPED}
     held_up: dict[str, list[str]] = {}  # by each unit, without others in between
-    for name, causes in stuck.items():
-        for cause in causes:
+    for name, found in stuck.items():
+        for cause in found:
             held_up.setdefault(cause, []).append(name)
-    chain = reached(names, found.get)
-    between = [units[name] for name in chain if found.get(name)]
-    roots = [units[name] for name in chain if not found.get(name)]
+    chain = reached(names, causes.get)
+    between = [units[name] for name in chain if causes.get(name)]
+    roots = [units[name] for name in chain if not causes.get(name)]
     if not names:
         roots = [u for u in graph.nodes if u.unit_name in held_up or is_notable(u, graph.now)]
         roots = [u for u in roots if not stuck.get(u.unit_name)]
@@ -4723,22 +4709,22 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     parts.sort(key=lambda part: -len(part[0]))
     texts = []
     for held, group in parts[:50]:
-        lines = sentences(graph, group, found)
+        lines = sentences(graph, group, causes)
         for word, is_skipped in (("held up", False), ("skipped", True)):
             listed = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
             lines += [f"    {word}: {some_names(listed)}"] if listed else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    return "\n".join([*sentences(graph, between, found), "\n\n".join(texts) or nothing]) + "\n"
+    return "\n".join([*sentences(graph, between, causes), "\n\n".join(texts) or nothing]) + "\n"
 
 
-def sentences(graph: Graph, units: Sequence[UnitStatus], found: dict[str, dict[str, str]]) -> list[str]:
-    """Return a sentence on each of the first 20 units, and how many more there are; `found` are the obstacles."""
+def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[str, str]]) -> list[str]:
+    """Return a sentence on each of the first 20 units and its obstacles, and how many more units there are."""
     lines = []
     for u in units[:20]:
         if u.status != NOT_REGISTERED:
-            lines.append(sentence(u, graph.now, found[u.unit_name]) + ".")
+            lines.append(sentence(u, graph.now, causes[u.unit_name]) + ".")
             continue
         why = f"its want was refused: {u.refusal}" if u.refusal else "nobody has called want, start or run on it"
         wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
@@ -4749,9 +4735,9 @@ def sentences(graph: Graph, units: Sequence[UnitStatus], found: dict[str, dict[s
     return lines + ([f"({len(units) - 20} more like these)"] if len(units) > 20 else [])
 
 
-def sentence(unit: UnitStatus, now: float, its_obstacles: Mapping[str, str]) -> str:
-    """Return a sentence on a registered unit, without its full stop."""
-    name, bar, missing = f'"{unit.unit_name}"', Bar(unit, now), some_names([*its_obstacles.values()])
+def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
+    """Return a sentence on a registered unit and its obstacles, without a full stop."""
+    name, bar, missing = f'"{unit.unit_name}"', Bar(unit, now), some_names([*causes.values()])
     reason = f": {reason_text(unit)}" if unit.reason else ""
     output = f"; its output is in {unit.log}" if unit.log else ""
     if unit.status == SKIPPED:
@@ -5205,7 +5191,7 @@ LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked
 CHECK_EVERY = 5.0  # seconds between two checks for processes that a successful command has left
 CHECK_OFTEN = 0.05  # seconds between two checks for processes that are being ended
 ERROR_EVERY = 1.0  # seconds between two reports of a probe's error to the agent
-LAST_WAIT = 2.0  # seconds after KILL in which a process must have ended
+LAST_WAIT = 2.0  # seconds after KILL until a process counts as one that cannot be killed
 
 WAITING = "waiting"  # for its first try, or the next one
 CHECKING = "checking"  # whether the probe succeeds already, before the command is run
@@ -5258,7 +5244,7 @@ class Task:
         self.why = ""  # why the latest try failed, or was ended
         self.kill_at = 0.0  # when to send KILL, in state ENDING
         self.stopped = ""  # why there will be no further try
-        self.reported = ""  # outcome of the unit: COMPLETED or FAILED
+        self.reported = ""  # the outcome of the unit, COMPLETED or FAILED, that we or others have reported
         self.runs_on = False  # whether the unit has its outcome, and the agent waits for `exited`
 
     def use_directory(self, path: str) -> None:
@@ -5312,7 +5298,7 @@ class Task:
 
     def next_due(self) -> float:
         """Return when the next action is due."""
-        return min(self.due.values()) if self.due else NEVER
+        return min(self.due.values(), default=NEVER)
 
     def begin(self) -> None:
         """Begin a try: check that the probe does not succeed yet, then run the command."""
@@ -5390,12 +5376,8 @@ class Task:
 
     def probed(self) -> None:
         """Report that the unit has completed, if its probe has succeeded."""
-        if self.prober and self.prober.ready() and self.waits_for_probe():
+        if self.prober and self.prober.ready() and self.state == RUNNING:
             self.complete()
-
-    def waits_for_probe(self) -> bool:
-        """Return whether the unit is to complete when its probe succeeds."""
-        return self.state == RUNNING and self.limits.ready != ""
 
     def close_prober(self, ended: bool = True) -> None:
         """Stop probing; a notify socket is read until the command has `ended`."""
@@ -5430,8 +5412,8 @@ class Task:
         self.family.first, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
-            self.due.update(dict.fromkeys(self.due, 0.0))
-        elif self.waits_for_probe():
+            self.due = dict.fromkeys(self.due, 0.0)
+        elif self.state == RUNNING and self.limits.ready:
             to_background = code == 0 and self.limits.ready != "notify"
             hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
             self.end(f"ended before it was ready ({exit_text(code)}){hint}")
@@ -5656,7 +5638,7 @@ class Run(Task):
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
-        else:  # what is left of it is being ended
+        else:  # only processes that it has left: end them at once
             self.end("", by=0.0)
 
     def notified(self, method: str, params: Answer) -> None:
@@ -5750,7 +5732,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     finally:  # commands of probes do not outlive us
         for prober in probers:
             prober.close()
-        loop.give_back()
+        loop.restore_signals()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6785,7 +6767,7 @@ class Front:
         code = self.ended[0] if self.ended else self.received[-1]
         if self.command and not self.ended:
             return self.run_command(code)
-        self.loop.give_back()
+        self.loop.restore_signals()
         if self.command and code == 0:
             become(self.command)
         return shell_status(code)
@@ -6926,32 +6908,34 @@ def is_ours(data: bytes) -> bool:
 def install(path: str, python: str) -> str:
     """Write a copy to a temporary file, run it, and rename it to `path`; return the real path. Raises Refused."""
     path = os.path.realpath(path)
-    if os.path.lexists(path) and not os.path.isfile(path):
+    exists = os.path.lexists(path)
+    if exists and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
-    beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that the temporary file is removed
+    temporary = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
+    for number in not_ignored((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, which removes the file
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
-        if os.path.exists(path):
-            with open(path, "rb") as there:
-                old = there.read()
+        if exists:
+            with open(path, "rb") as file:
+                old = file.read()
             if old and not is_ours(old):
                 raise Refused(f"cannot install {path}: another program is there; remove it first")
         data = application(python)
-        with open(beside, "xb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            like = os.stat(path if os.path.exists(path) else beside)
-            os.chown(beside, like.st_uid, like.st_gid)
-            os.chmod(beside, like.st_mode & 0o755 | (like.st_mode & 0o444) >> 2)  # who may read may execute
+            model = os.stat(path if exists else temporary)
+            os.chown(temporary, model.st_uid, model.st_gid)
+            os.chmod(temporary, model.st_mode & 0o755 | (model.st_mode & 0o444) >> 2)  # who may read may execute
             os.fsync(file.fileno())
-        if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
+        version = ask_python(python or sys.executable, "-IS", temporary, "--version")
+        if version != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
-        os.rename(beside, path)
+        os.rename(temporary, path)
     except OSError as error:
         raise Refused(f"cannot install {path}: {error.strerror}; nothing was changed") from None
     finally:
-        remove(beside)
+        remove(temporary)
     return path
 
 
@@ -7011,7 +6995,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
     name, *words = command_first(argv)
     command, args = command_named(name), Args()
     words, args.command = split_tail(command, words)
-    end = words.index("--") if "--" in words else len(words)  # names follow
+    end = words.index("--") if "--" in words else len(words)  # only names follow, even with a dash
     options = [argument for argument in command.arguments if argument.is_option]
     try:
         _, names = parser_of(command, options).parse_known_args(words[:end], args)
@@ -7124,31 +7108,13 @@ def cmd_serve(args: Args) -> int:
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    if not args.command:
-        serve(make_host(args, agent_path(args.socket_path)), args.detach)
-        return 0
-    directory = "" if args.socket_path else private_directory()
-    if not (args.socket_path or directory):
-        raise CommandError("cannot make a private socket: no directory is writable; name a --socket-path", 125)
-    try:
-        return serve_command(make_host(args, args.socket_path or directory + "/agent.sock"), args.command)
-    except Refused as error:
-        raise CommandError(str(error), 125) from None
-    finally:
-        remove_directory(directory)
-
-
-def make_host(args: Args, path: str) -> Host:
-    """Return the agent that the options of `serve` describe, which is to listen at a path."""
-    is_private = args.command and not args.socket_path
-    level = 2 * args.verbose or int(not args.quiet and not is_private)
-    if args.detach and not args.log_file:
-        level = -1
-    return Host(
-        os.path.abspath(path),
+    directory = private_directory() if args.command and not args.socket_path else ""
+    level = 2 * args.verbose or int(not (args.quiet or directory))  # the output of COMMAND matters more
+    host = Host(
+        f"{directory}/agent.sock" if directory else os.path.abspath(agent_path(args.socket_path)),
         mode=args.mode or (0o600 if args.group is None else 0o660),
         group=-1 if args.group is None else args.group,
-        level=level,
+        level=-1 if args.detach and not args.log_file else level,
         log_file=args.log_file and os.path.abspath(args.log_file),
         pid_file=args.pid_file and os.path.abspath(args.pid_file),
         replace=make_room if args.replace else None,
@@ -7156,6 +7122,15 @@ def make_host(args: Args, path: str) -> Host:
         alone=not args.command,
         advice=slowness(),
     )
+    if not args.command:
+        serve(host, args.detach)
+        return 0
+    try:
+        return serve_command(host, args.command)
+    except Refused as error:
+        raise CommandError(str(error), 125) from None
+    finally:
+        remove_directory(directory)
 
 
 def make_room(path: str) -> bool:
@@ -7227,7 +7202,7 @@ def cmd_boot(args: Args) -> int:
     finally:
         if not child:
             remove_directory(directory)
-    boot.loop.give_back()
+    boot.loop.restore_signals()
     return code
 
 
@@ -7565,7 +7540,7 @@ def bash_candidates(line: str, word: str) -> list[str]:
 def candidates(words: Sequence[str]) -> list[str]:
     """Return what the last word of a command line may become: options, choices, commands, units."""
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": the last word is it
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": none yet
     try:
         command = commands.get(command_first([*before, ""])[0])
     except UsageError:

@@ -2817,7 +2817,12 @@ def read_now(fd: int) -> str:
 def test_a_detached_agent_is_there_and_on_its_own(world: World) -> None:
     log, pid_file = world.directory / "log", world.directory / "pid"
     for _ in range(2):
-        done = world.run("serve", "--detach", "--log-file", "log", "--pid-file", "pid", stdin=subprocess.PIPE)
+        with open(log, "a") as held, open(log) as other:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            process = world.popen("serve", "-d", "--log-file", "log", "--pid-file", "pid", pass_fds=[held.fileno()])
+            done = finish(process)  # which waits for its pipes to be closed
+            held.close()
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         pid = world.client.ping()["pid"]  # no retries: it must be there
         assert os.getsid(pid) == pid == int(pid_file.read_text())
@@ -2832,18 +2837,6 @@ def test_a_detached_agent_is_there_and_on_its_own(world: World) -> None:
     assert (log.read_text().count("stopping: got SIGTERM"), log.read_text().count("SIGHUP")) == (2, 0)
 
 
-@pytest.mark.parametrize("place", ["", pytest.param("/dev", marks=NAMESPACES)])
-def test_a_detached_agent_keeps_nothing_of_its_callers_open(world: World, place: str) -> None:
-    with open(world.directory / "lock", "w") as mine, open(world.directory / "lock") as other:
-        fcntl.flock(mine, fcntl.LOCK_EX)
-        argv = [*(without(place) if place else []), *program(), "serve", "--detach"]
-        done = finish(world.spawn(argv, pass_fds=[mine.fileno()]))  # which waits for its pipes to be closed
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        mine.close()
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        served(world)
-
-
 @NAMESPACES
 def test_a_command_runs_where_dev_and_proc_are_empty(world: World) -> None:
     argv = [*without("/dev", "/proc"), *program()]
@@ -2853,22 +2846,15 @@ def test_a_command_runs_where_dev_and_proc_are_empty(world: World) -> None:
     assert finish(world.spawn(["sh", "-c", script, "-", *argv])).returncode == 4
 
 
-@pytest.mark.parametrize(
-    ("trouble", "code", "message", "ignored"),
-    [
-        ("raise MemoryError", 125, "error: internal error .*", True),
-        ("import os; os.kill(os.getpid(), 9)", 137, "error: the agent ended before .*: killed by signal 9", False),
-    ],
-    ids=["no-memory", "killed"],
-)
-def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(
-    world: World, trouble: str, code: int, message: str, ignored: bool
-) -> None:
-    changes = f"def notify(state):\n    {trouble}\ncoder_sync.notify = notify"
-    before = (lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)) if ignored else None
-    done = finish(world.spawn(altered(changes, "serve", "--detach"), preexec_fn=before))
-    assert done.returncode == code
-    assert re.fullmatch(message + "\n", done.stderr)
+def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(world: World) -> None:
+    for trouble, code, message in (
+        ("raise MemoryError", 125, "error: internal error .*"),
+        ("import os; os.kill(os.getpid(), 9)", 137, "error: the agent ended before .*: killed by signal 9"),
+    ):
+        argv = altered(f"def notify(state):\n    {trouble}\ncoder_sync.notify = notify", "serve", "--detach")
+        done = finish(world.spawn(argv, preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)))
+        assert done.returncode == code
+        assert re.fullmatch(message + "\n", done.stderr)
 
 
 # -- who may serve where ----------------------------------------------------------------------------------------
@@ -2910,21 +2896,15 @@ def open_directory(mode: int = 0o755) -> Iterator[str]:
         yield directory
 
 
-@pytest.mark.parametrize(
-    ("mode", "words", "message"),
-    [
+def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(world: World) -> None:
+    for mode, words, message in (
         (0o555, "{0}/run/agent.sock", ".*{0}/.*: Permission denied; .*"),
         (0o777, "{0}/agent.sock --group 12", "cannot give {0}/agent.sock to group 12: be a member of the group, or.*"),
-    ],
-    ids=["directory", "group"],
-)
-def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(
-    world: World, mode: int, words: str, message: str
-) -> None:
-    with open_directory(mode) as directory:
-        done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
-        assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr), done
-        assert os.listdir(directory) == []
+    ):
+        with open_directory(mode) as directory:
+            done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
+            assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr), done
+            assert os.listdir(directory) == []
 
 
 @ROOT
@@ -2945,16 +2925,15 @@ def test_a_lock_of_another_user_is_named_as_such(call: Call, world: World) -> No
     assert call(world, "serve").stderr.startswith(f"error: {lock} (of user nobody) is not a regular file; ")
 
 
-@pytest.mark.parametrize("umask", [0, 0o077])
-def test_the_socket_and_its_directories_have_the_permissions_asked_for(world: World, umask: int) -> None:
+def test_the_socket_and_its_directories_have_the_permissions_asked_for(world: World) -> None:
     gid = grp.getgrall()[1].gr_gid if os.getuid() == 0 else os.getgid()
     world.path = str(world.directory / "run" / "user" / "agent.sock")
-    for options, mode, group in (
-        ([], 0o600, os.getgid()),
-        (["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
-        (["--group", str(gid), "--mode", "646"], 0o646, gid),
+    for umask, options, mode, group in (
+        (0, [], 0o600, os.getgid()),
+        (0o077, ["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
+        (0o077, ["--group", str(gid), "--mode", "646"], 0o646, gid),
     ):
-        agent = world.serve("--socket-path", world.path, *options, preexec_fn=lambda: os.umask(umask))
+        agent = world.serve("--socket-path", world.path, *options, preexec_fn=lambda umask=umask: os.umask(umask))
         found = os.stat(world.path)
         assert (stat.S_IMODE(found.st_mode), found.st_gid) == (mode, group), options
         assert [stat.S_IMODE(os.stat(world.directory / d).st_mode) for d in ("run", "run/user")] == [0o700, 0o700]
@@ -2962,20 +2941,18 @@ def test_the_socket_and_its_directories_have_the_permissions_asked_for(world: Wo
         assert os.listdir(world.directory / "run" / "user") == []
 
 
-NOT_SERVED = [
-    ("true", "", 2, "error: .*true"),
-    ("", "false", 0, "not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is false"),
-    ("", "NO", 0, "not serving: CODER_AGENT"),
-    *(("--detach -- true", yes, 2, "error: .*exclude each other") for yes in ("", "True", "1", "yes")),
-    ("", "maybe", 2, "error: CODER_AGENT_SOCKET_SERVER_ENABLED is 'maybe'; use true or false"),
-]
-
-
-def test_an_agent_wrongly_asked_for_or_not_enabled_does_not_serve(call: Call, world: World) -> None:
-    for words, enabled, code, said in NOT_SERVED:
-        done = call(world, "serve", *words.split(), CODER_AGENT_SOCKET_SERVER_ENABLED=enabled)
-        assert done.returncode == code and re.fullmatch(f"{said}.*\n", done.stderr), (words, enabled, done)
+def test_an_agent_that_is_not_enabled_does_not_serve(call: Call, world: World) -> None:
+    for enabled, code, said in (
+        ("false", 0, "not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is false\n"),
+        ("NO", 0, "not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is no\n"),
+        ("maybe", 2, "error: CODER_AGENT_SOCKET_SERVER_ENABLED is 'maybe'; use true or false\n"),
+    ):
+        done = call(world, "serve", CODER_AGENT_SOCKET_SERVER_ENABLED=enabled)
+        assert (done.returncode, done.stderr) == (code, said)
         assert os.listdir(world.directory) == []
+    for enabled in ("", "True", "1", "yes"):
+        done = call(world, "serve", "--detach", "--", "true", CODER_AGENT_SOCKET_SERVER_ENABLED=enabled)
+        assert done.returncode == 2 and "--detach and -- COMMAND exclude each other" in done.stderr, enabled
 
 
 @pytest.mark.parametrize(("value", "test"), [("0", "! -S"), ("1", "-S")], ids=["disabled", "enabled"])
@@ -3105,19 +3082,13 @@ def test_of_several_that_replace_one_that_does_not_end_one_is_left(world: World)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_agent_that_is_stopped_tells_who_waits_and_leaves_nothing_behind(world: World, number: int) -> None:
     agent = world.serve(stderr=subprocess.PIPE)
-    peer = world.connect()
-    peer.request("wait", "w", units=["never"])
-    peer.request("start", "s", unit="a", dependencies=["never"])
-    process = world.popen("start", "b", "--want", "never")
-    world.waiting("a", "b")
+    clients = [world.popen("wait", "never"), world.popen("start", "a", "--want", "never")]
+    assert all("never not registered" in line_of(client.stdout) for client in clients)
     done = stopped(agent, number)
     assert done.returncode == 0 and f"stopping: got {signal.Signals(number).name}" in done.stderr
     assert os.listdir(world.directory) == []
-    told = {message["id"]: message["error"]["message"] for message in (peer.read(), peer.read())}
-    assert told == {"s": "the agent is shutting down", "w": "the agent is shutting down"}
-    assert peer.read() is None
-    client = finish(process)
-    assert (client.returncode, client.stderr) == (3, "error: the agent is shutting down\n")
+    for client in map(finish, clients):
+        assert (client.returncode, client.stderr) == (3, "error: the agent is shutting down\n")
 
 
 # -- a command, under `serve` and under `run` -----------------------------------------------------------------
@@ -3136,15 +3107,6 @@ def temporary(world: World) -> Path:
     directory.mkdir()
     world.env["TMPDIR"] = str(directory)
     return directory
-
-
-def on_pty(world: World, *words: str) -> tuple[int, int]:
-    """The pid of a call that leads the session of a terminal, and the terminal's other end."""
-    argv = [*program(), *words]
-    pid, master = pty.fork()
-    if pid == 0:
-        os.execve(argv[0], argv, world.env)
-    return pid, master
 
 
 def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(world: World, temporary: Path) -> None:
@@ -3182,44 +3144,29 @@ print(sys.stdin.read(), os.environ.get("CODER_SYNC_UNIT", ""), os.environ["EXTRA
 print("err", file=sys.stderr)
 default = [n for n in range(1, 32) if signal.getsignal(n) not in (signal.SIG_DFL, signal.default_int_handler)]
 print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), [n for n in default if n not in (13, 25)])
-print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4])"""
+print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4], flush=True)
+os._exit(255)"""
     argv = [*words, "-q", "--", *PYTHON, code, "a b", "--", "-o"]
-    process = shared.popen(*argv, env={**shared.env, "EXTRA": "x"}, stdin=subprocess.PIPE)
+    ignore = lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # noqa: E731
+    env = {**shared.env, "EXTRA": "x"}
+    process = shared.popen(*argv, env=env, stdin=subprocess.PIPE, preexec_fn=ignore)
     out, err = process.communicate("hello", timeout=PATIENCE)
     first, second, third = out.splitlines()
     unit = words[1] if words[0] == "run" else ""
-    assert (process.returncode, first, err) == (0, f"hello {unit} x ['a b', '--', '-o']", "err\n")
+    assert (process.returncode, first, err) == (255, f"hello {unit} x ['a b', '--', '-o']", "err\n")
     assert second == "[] []"
     assert third in ("[0, 1, 2]", "[0, 1, 2, 3]")  # the last is what lists them
 
 
 def test_a_command_that_cannot_be_run_is_127_or_126(agent: World) -> None:
     (agent.directory / "plain").write_text("#!/bin/sh\n")
-    for words, command, code in (
-        ("run a", "missing-command", 127),
-        ("run a", "./missing", 127),
-        ("run a", "./plain", 126),
-        ("run a", "", 127),
-        ("serve", "./missing", 127),
-        ("serve", "./plain", 126),
-    ):
-        done = agent.run(*words.split(), "--", command)
-        assert done.returncode == code, done
-        assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr), done
-        if words == "run a":
-            failed = agent.client.status("a")
-            assert (failed.status, failed.exit_code) == ("failed", code), command
-            assert f"cannot run {command}" in failed.reason
-
-
-def test_the_exit_status_of_a_command_is_returned_even_to_who_ignores_it(
-    shared: World, temporary: Path, world: World, words: list[str]
-) -> None:
-    ignore = lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # noqa: E731
-    env = {**world.env, "CODER_AGENT_SOCKET_PATH": shared.path}
-    for script, code, before in (("exit 255", 255, ignore), ("exec sleep 0.05", 0, ignore), ("kill -9 $$", 137, None)):
-        done = world.run(*words, "--", "sh", "-c", script, env=env, preexec_fn=before)
-        assert (done.returncode, os.listdir(temporary)) == (code, []), script
+    for words in (["serve"], ["run", "a"]):
+        for command, code in (("missing-command", 127), ("", 127), ("./missing", 127), ("./plain", 126)):
+            done = agent.run(*words, "--", command)
+            assert done.returncode == code, done
+            assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr), done
+    failed = agent.client.status("a")
+    assert (failed.status, failed.exit_code) == ("failed", 126) and "cannot run ./plain" in failed.reason
 
 
 def test_signals_reach_the_command(shared: World, words: list[str]) -> None:
@@ -3232,7 +3179,10 @@ def test_signals_reach_the_command(shared: World, words: list[str]) -> None:
 
 
 def test_a_key_reaches_the_command_once_and_a_signal_from_elsewhere_too(shared: World, words: list[str]) -> None:
-    pid, master = on_pty(shared, *words, "--", *PYTHON, CATCH)
+    argv = [*program(), *words, "--", *PYTHON, CATCH]
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execve(argv[0], argv, shared.env)
     shown_on(master, b"ready")
     for key, number in ((b"\x03", 2), (b"\x1c", 3)):
         os.write(master, key)
@@ -3243,23 +3193,6 @@ def test_a_key_reaches_the_command_once_and_a_signal_from_elsewhere_too(shared: 
     shown_on(master, b"got 15")
     assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 9
     os.close(master)
-
-
-def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[str]) -> None:
-    pid, master = on_pty(shared, *words, "--", "sh", "-c", "echo on; exec sleep 9")
-    shown_on(master, b"on\r\n")
-    os.close(master)
-    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
-
-
-def test_a_signal_that_was_ignored_from_the_start_stays_so(shared: World, words: list[str]) -> None:
-    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    script = ["sh", "-c", "echo on; read x; exit 3"]
-    process = shared.popen(*words, "--", *script, preexec_fn=ignore, stdin=subprocess.PIPE)
-    assert line_of(process.stdout) == "on\n"
-    os.killpg(process.pid, signal.SIGHUP)
-    process.communicate("\n", timeout=PATIENCE)
-    assert process.returncode == 3
 
 
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
@@ -3273,23 +3206,6 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
         assert process.wait(5) == 128 + number, number
 
 
-def test_a_run_that_cannot_report_that_it_is_ready_passes_signals_on(world: World) -> None:
-    agent = world.serve()
-    traps = "trap 'echo ended >> out; exit 3' TERM; echo began >> out; while :; do sleep 0.01; done"
-    probe = "test -e ready && : > probed"
-    process = world.popen("run", "a", "--ready", probe, "--", "sh", "-c", traps)
-    out = world.directory / "out"
-    until(out.exists)
-    stop(agent)
-    (world.directory / "ready").touch()
-    until((world.directory / "probed").exists)
-    at_rest(process.pid)
-    process.terminate()
-    until(lambda: out.read_text() == "began\nended\n")
-    agent.send_signal(signal.SIGCONT)
-    assert process.wait(PATIENCE) in (3, 143)
-
-
 def test_what_a_command_does_to_its_private_directory_changes_nothing(agent: World) -> None:
     agent.env["TMPDIR"] = str(agent.directory)
     for what in ("rm -r $dir", "mkdir -p $dir/a/b; touch $dir/a/b/c", "rm $NOTIFY_SOCKET"):
@@ -3297,13 +3213,6 @@ def test_what_a_command_does_to_its_private_directory_changes_nothing(agent: Wor
         assert agent.run("run", "a", "--ready", "notify", "--", "sh", "-c", script).returncode == 7
         assert agent.client.status("a").reason == "ended before it was ready (exit code 7)"
         assert not list(agent.directory.glob("coder-sync-*"))
-
-
-def test_what_a_try_that_fails_leaves_to_others_does_not_count(agent: World) -> None:
-    script = "mkdir again || exec sh -c 'echo B=2 >> $CODER_SYNC_ENV'; echo A=1 > $CODER_SYNC_ENV; exit 1"
-    agent.ok("run", "a", "--retry", "1", "--retry-delay", "0", "--", "sh", "-c", script)
-    agent.client.want("b", "a")
-    assert agent.client.env("b") == {"B": "2"}
 
 
 def children_of(pid: int) -> dict[int, str]:
@@ -3367,25 +3276,6 @@ def test_a_process_of_another_pid_namespace_is_not_taken_for_dead(agent: World) 
     assert owner is not None and owner.pid < 100 and owner.alive is None
     assert f"runs on as sleep 60 (pid {owner.pid})" in agent.ok("list")
     assert agent.client.stop() == ["a"] and finish(run).returncode == 143
-
-
-GIVE_BACK = """
-import os, signal
-usual = signal.pthread_sigmask(signal.SIG_BLOCK, [15])
-loop = coder_sync.Loop((15, 28))
-os.kill(os.getpid(), {})
-try:
-    loop.give_back()
-finally:
-    unchanged = {{signal.getsignal(number) for number in (15, 28, signal.SIGCHLD)}} == {{signal.SIG_DFL}}
-    print(unchanged, signal.pthread_sigmask(signal.SIG_BLOCK, []) == usual, flush=True)
-"""
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGWINCH, 0)], ids=["TERM", "WINCH"])
-def test_a_signal_that_comes_before_signals_are_given_back_is_not_lost(world: World, number: int, code: int) -> None:
-    done = finish(world.spawn(altered(GIVE_BACK.format(int(number)), "--version")))
-    assert (done.stdout.splitlines()[0], done.returncode) == ("True True", code)
 
 
 # -- supervisors ------------------------------------------------------------------------------------------
@@ -3499,8 +3389,7 @@ true   done    completed
 true   on      started
 true   other   pending
 false  table   pending
-$ list ->
-UNIT ...  READY  AGE ...REASON
+$ list -> UNIT ...  READY  AGE ...REASON
 ...
 $ wait bad behind done --requires completion -> bad, behind, done: done...
 $ wait on --requires start -> on: done...
@@ -3523,26 +3412,15 @@ ide: waiting for gitclone not registered, did you mean "git-clone"?; git-clone s
 !   apt pending for TIME, waits for disk
 exit 124
 $ complete ide -> ide: completed
-$ run apt-install --want apt-instal -t 10ms -- echo ran ->
-! apt-install: waiting for apt-instal not registered
-! timeout waiting for dependencies of unit apt-install
-!   apt-instal not registered
-exit 124
-$ start beside --want apt-instal -t 1ms -q ->
+$ want apt-install apt-instal -q ->
+$ run beside --want apt-instal -t 1ms -- echo ran ->
+! beside: waiting for apt-instal not registered
 ! timeout waiting for dependencies of unit beside
 !   apt-instal not registered
 exit 124
-$ start locked --lock=left --lock right -q ->
-$ start second --lock right -t 1ms ->
-...
-! ...lock right...
-exit 124
-$ complete locked -q ->
-$ start second --lock right -> second: started; it has no dependencies
 """
 REFUSALS = """
 $ want a a -> 1: cycle detected: a -> a; a unit cannot depend on itself
-$ want X256 b -> 1: unit name "xxx...256 bytes long; the limit is 255...
 $ start a --want=\udcff -> 1: unit name '\\udcff' has a character that cannot be printed
 $ start on -> 1: unit "on" is already started by ... (pid PARENT)
 $ fail dome -> 1: unit "dome" is not registered; call want, start or run on it first; did you mean "done"?
@@ -3553,9 +3431,7 @@ $ list --socket-path /\udcff/x -> 3: cannot reach an agent at /\\udcff/x: no suc
 $ list --socket-path X200 -> 3: cannot reach an agent at X200: AF_UNIX path too long
 $ start behind -> 4: unit "behind" skipped: dependency "bad" failed (no disk)
 $ wait bad -> 4: dependency "bad" failed (no disk)
-$ run behind -- echo ran -> 4: unit "behind" skipped: ...
 $ ; --socket-path -> 2: which command? want, start, ...; options follow it; see `coder_sync.py --help`
-$ --quiet start a -> 2: '--quiet': which command? want, start, ...; options follow it; see `coder_sync.py --help`
 $ frobnicate; help frobnicate -> 2: no such command: 'frobnicate'; there are want, start, ...
 $ stat -> 2: no such command: 'stat'; did you mean "start"?
 $ X500 -> 2: no such command: 'X59; there are ...
@@ -3714,43 +3590,29 @@ def test_env_prints_what_a_shell_takes_back(call: Call, agent: World, monkeypatc
 
 
 def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> None:
-    def rows(text: str, *keys: str) -> list[list[Any]]:
-        return [[row[key] for key in keys] for row in json.loads(text)]
-
     assert call.ok(agent, "list", "-o", "json") == "[]\n"
     agent.client.start("\u00e4", pid=os.getpid())
     agent.client.start("bad")
     agent.client.complete("bad", exit_code=9)
-    for unit, requires in (("nobody", "success"), ("\u00e4", "start"), ("bad", "completion")):
-        agent.client.want("table", unit, requires=requires)  # type: ignore[arg-type]
+    agent.client.want("table", "nobody")
+    agent.client.want("table", "\u00e4", requires="start")
+    agent.client.want("table", "bad", requires="completion")
     text = call.ok(agent, "list", "-o", "json")
     assert '"\u00e4"' in text  # for people, too
-    assert rows(text, "unit_name", "status", "is_ready", "reason", "exit_code") == [
-        ["bad", "failed", True, "exit code 9", 9],
-        ["table", "pending", False, "", None],
-        ["\u00e4", "started", True, "", None],
+    bad, table, started = json.loads(text)
+    first = {"unit_name": "bad", "status": "failed", "is_ready": True, "reason": "exit code 9", "exit_code": 9}
+    assert first.items() <= bad.items()
+    nothing = {"unit_name": "table", "status": "pending", "is_ready": False, "exit_code": None, "owner": None}
+    assert nothing.items() <= table.items() and "dependencies" not in table  # not []: it has some
+    assert started["owner"].keys() == {"pid", "command", "alive"} and started["owner"]["pid"] == os.getpid()
+    status = json.loads(call.ok(agent, "status", "table", "--output", "json"))
+    assert (status["unit_name"], status["status"], status["is_ready"]) == ("table", "pending", False)
+    keys = ("depends_on", "required_status", "current_status", "is_satisfied")
+    assert [tuple(row[key] for key in keys) for row in status["dependencies"]] == [
+        ("nobody", "completed", "not registered", False),
+        ("\u00e4", "started", "started", True),
+        ("bad", "ended", "failed", True),
     ]
-    (_, none), (_, owner) = [[row.get("dependencies"), row["owner"]] for row in json.loads(text)[1:]]
-    assert none is None and owner.keys() == {"pid", "command", "alive"} and owner["pid"] == os.getpid()
-    status = call.ok(agent, "status", "table", "--output", "json")
-    assert rows(f"[{status}]", "unit_name", "status", "is_ready") == [["table", "pending", False]]
-    dependencies = json.dumps(json.loads(status)["dependencies"])
-    assert rows(dependencies, "depends_on", "required_status", "current_status", "is_satisfied") == [
-        ["nobody", "completed", "not registered", False],
-        ["\u00e4", "started", "started", True],
-        ["bad", "ended", "failed", True],
-    ]
-    status = call.ok(agent, "status", "nobody knows it", "-o", "json")
-    assert rows(f"[{status}]", "status", "is_ready") == [["not registered", True]]
-
-
-def test_a_timeout_says_that_who_started_a_dependency_is_no_longer_running(call: Call, agent: World) -> None:
-    pid = agent.shell("coder start dep; echo $$").stdout.split()[-1]
-    done = call(agent, "start", "a", "--want", "dep", "-t", "50ms")
-    assert as_written(f"...\n  dep started TIME ago by sh ...(pid {pid}), which is no longer running\n", done.stderr)
-    agent.client.complete("dep")
-    assert agent.status("a") == "pending"  # it is not started later
-    assert "started" not in kinds_of(agent, "a")
 
 
 def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
@@ -3766,22 +3628,6 @@ def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
         done = finish(process)
         assert done.returncode == codes[how], done
         until(lambda file=file: not any(alive(int(pid)) for pid in file.read_text().split()), f"no try for {how}")
-
-
-def test_wait_waits_for_all_and_ends_at_once_when_one_fails(agent: World) -> None:
-    succeeds, fails = (agent.popen("wait", *names) for names in (["a", "b"], ["b", "c", "d"]))
-    assert line_of(succeeds.stdout) == "waiting for a not registered; b not registered\n"
-    line_of(fails.stdout)
-    agent.end("b")
-    assert [succeeds.poll(), fails.poll()] == [None, None]
-    agent.end("a")
-    done = finish(succeeds)
-    assert (done.returncode, done.stdout[:10], done.stderr) == (0, "a, b: done", "")
-    agent.client.want("c")
-    agent.client.fail("c", "no disk")
-    done = finish(fails)
-    assert (done.returncode, done.stderr) == (4, 'error: dependency "c" failed (no disk)\n')
-    assert [u.unit_name for u in agent.client.list(everything=True)] == ["a", "b", "c"]
 
 
 # -- no agent, or not one of ours -------------------------------------------------------------------------
@@ -3897,29 +3743,28 @@ def test_at_the_default_path_an_agent_is_ones_own_or_roots(world: World) -> None
 
 @ROOT
 def test_root_takes_no_variables_from_an_agent_of_another_user(world: World) -> None:
-    def told(process: subprocess.Popen[str], out: str) -> None:
-        done = finish(process)
-        assert (done.returncode, done.stdout) == (0, out)
-        who = f"the agent at {world.path}, which belongs to nobody"
-        assert done.stderr.count(f"warning: root takes no environment variables from {who}\n") == 1
-
-    leave = "echo CODE=evil >> $CODER_SYNC_ENV"
+    leave, take = "echo CODE=evil >> $CODER_SYNC_ENV", ["--", "sh", "-c", "echo got $CODE"]
     with foreign_agent(world) as default:
         world.ok("run", "evil", "--", "sh", "-c", leave)
         world.ok("want", "a", "evil")
-        for changes in ("", default):
-            told(world.spawn(altered(changes, "env", "a")), "")
-            run = ["run", f"run-{next(COUNT)}", "--want", "evil", "--", "sh", "-c", "echo got $CODE"]
-            told(world.spawn(altered(changes, *run)), "got\n")
-        script = "# coder-sync: want evil\n# coder-sync: extern evil\necho got $CODE"
-        scripts = {"b": script, "d": "# coder-sync: want b\n" + script}
-        told(Boot(world, scripts).process, "b | got\nd | got\n")
+        script = "@want evil\n@extern evil\necho got $CODE"
+        boot = Boot(world, {"b": script, "d": f"@want b\n{script}"})
+        for process, out in (
+            (world.popen("env", "a"), ""),
+            (world.popen("run", "c", "--want", "evil", *take), "got\n"),
+            (world.spawn(altered(default, "env", "a")), ""),
+            (boot.process, "b | got\nd | got\n"),
+        ):
+            done = finish(process)
+            assert (done.returncode, done.stdout) == (0, out)
+            who = f"the agent at {world.path}, which belongs to nobody"
+            assert done.stderr.count(f"warning: root takes no environment variables from {who}\n") == 1
         assert world.client.env("a") == {}
-        with world.client.unit("c", want=["evil"]) as start:
+        with world.client.unit("e", want=["evil"]) as start:
             assert start.environment == {}
     with foreign_agent(world, uid=0):
         world.ok("run", "good", "--", "sh", "-c", leave)
-        assert world.ok("run", "a", "--want", "good", "--", "sh", "-c", "echo got $CODE") == "got evil\n"
+        assert world.ok("run", "a", "--want", "good", *take) == "got evil\n"
 
 
 IMPOSTORS = {
@@ -3992,14 +3837,6 @@ def test_an_agent_that_does_not_end_when_told_to_is_named(world: World) -> None:
     assert (done.returncode, done.stderr) == (3, said)
 
 
-def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -> None:
-    with listener(world.path):
-        asks = f"{SOON}\nchannel = coder_sync.Channel({world.path!r})\n"
-        asks += "for _ in range(9): channel.request('want', unit='x' * 60000)"
-        said = finish(world.spawn(altered(asks))).stderr
-    assert said.endswith(f"(pid {os.getpid()}) has not answered for 2 s; is it stopped?\n")
-
-
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"))
     processes = waiting(world)
@@ -4030,24 +3867,15 @@ def test_without_proc_the_client_says_who_called_it(world: World) -> None:
     assert world.status("a") == "completed"
 
 
-SIGNALLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-
-
-def test_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
-    for number in SIGNALLED:
-        for process in waiting(agent):
-            assert stopped(process, number).returncode == (130 if number == signal.SIGINT else -number)
-    served(agent)
-
-
-@NAMESPACES
-def test_as_process_1_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
-    for number in SIGNALLED:
-        for process in waiting(agent, UNSHARE):
-            (inside,) = children_of(process.pid)
-            os.kill(inside, number)
+@pytest.mark.parametrize("under", [[], pytest.param(UNSHARE, marks=NAMESPACES)], ids=["", "as-process-1"])
+def test_a_client_that_waits_ends_at_a_signal(agent: World, under: list[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for process in waiting(agent, under):
+            os.kill([*children_of(process.pid), process.pid][0], number)
             done = finish(process)
-            assert (done.returncode, done.stderr) == (128 + number, "")
+            assert done.returncode % 256 == (128 + number if under or number == signal.SIGINT else -number % 256)
+            assert done.stderr == "" or not under
+    served(agent)
 
 
 # -- standard streams -------------------------------------------------------------------------------------
@@ -4091,19 +3919,6 @@ def test_what_is_done_is_done_even_if_nobody_can_read_it(agent: World, output: s
     assert done.stderr.count("\n") == (output == ">&-")
     rows = [(u.unit_name, u.status) for u in agent.client.list()]
     assert rows == [("a", "started"), ("b", "completed"), ("c", "completed")]
-
-
-@pytest.mark.skipif(not shutil.which("localedef"), reason="no localedef")
-def test_names_and_values_are_the_same_bytes_in_a_locale_of_another_encoding(world: World) -> None:
-    name = "de_DE.ISO-8859-1"
-    subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", world.directory / name], check=False)
-    world.env.update(LOCPATH=str(world.directory), LC_ALL=name)
-    sets = "echo A=\u00e4\u20ac >> $CODER_SYNC_ENV; echo $CODER_SYNC_UNIT"
-    path = startup(world, {"10-\u00e9.sh": f"@lock \u00fc\n{sets}", "x": "@want \u00e9\necho $A; $SYNC env x"})
-    done = finish(world.spawn([sys.executable, str(FILE), "boot", path], encoding="utf-8"))
-    assert (done.returncode, done.stdout) == (0, "\u00e9 | \u00e9\nx | \u00e4\u20ac\nx | export A='\u00e4\u20ac'\n"), (
-        done
-    )
 
 
 def test_names_are_written_in_any_locale(mixed: World) -> None:
@@ -4186,14 +4001,6 @@ def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) ->
     assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
 
 
-def test_a_run_whose_unit_others_complete_between_two_tries_ends(agent: World) -> None:
-    run = agent.popen("run", "a", "--retry", "1", "--retry-delay", "10m", "--", "false")
-    assert "try 2 of 2" in line_of(run.stderr)
-    until(lambda: agent.client.status("a").owner.alive is None)  # not False: the run is not gone
-    agent.ok("complete", "a")
-    assert finish(run).returncode == 1 and agent.status("a") == "completed"
-
-
 def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
     run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
     assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
@@ -4210,24 +4017,17 @@ def test_a_run_does_not_wait_for_what_its_command_leaves(agent: World, first: st
     os.kill(left, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("completed", ["by-a-probe", "by-others", ""])
-def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World, completed: str) -> None:
-    process, pid = held(agent, "a", *(["--ready", "true"] if completed == "by-a-probe" else []))
-    if completed == "by-others":
-        agent.ok("complete", "a")
-    until(lambda: agent.client.status("a").owner.pid == pid)
-    until(lambda: agent.client.status("a").running_on or not completed)
+def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World) -> None:
+    process, pid = held(agent, "a")
+    agent.ok("complete", "a")
+    until(lambda: agent.client.status("a").running_on and agent.client.status("a").owner.pid == pid)
     killed(process)
     until(lambda: agent.status("a") == "failed")
     reason = agent.client.status("a").reason
-    end = "ended; that process may still run" if completed else "ended without completing"
-    assert re.fullmatch(rf"lost: the run that ran process {pid} \(.*\) {end}", reason)
-    assert (f"{reason} (it does)" if completed else reason) in agent.ok("list")
-    assert f"(pid {pid})" in agent.run("stop", "a").stderr
-    refused = agent.connect().call("boot", units=[{"unit": "a"}])["error"]["message"]
-    assert refused == f'unit "a" still runs (pid {pid}), and its supervisor is gone: end that process first'
+    assert re.fullmatch(rf"lost: the run that ran process {pid} \(.*\) ended; that process may still run", reason)
+    assert f"{reason} (it does)" in agent.ok("list") and f"(pid {pid})" in agent.run("stop", "a").stderr
     os.kill(pid, signal.SIGKILL)
-    until(lambda: not completed or f"{reason} (it has ended)" in agent.ok("list"))
+    until(lambda: f"{reason} (it has ended)" in agent.ok("list"))
 
 
 @pytest.mark.parametrize(
@@ -4278,16 +4078,14 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
 
 @LINUX
 def test_the_command_line_of_a_script_begins_with_its_name(world: World) -> None:
-    here = world.directory
-    (here / "setup.sh").write_text("read x")
+    path = Path(os.path.relpath(world.directory, "/")) / "setup.sh"
+    (world.directory / "setup.sh").write_text("read x")
     for line, shown in (
-        (f"{here}/setup.sh {here}/x", f"sh setup.sh {here}/x"),
+        (f"{path} {'x' * 60}", f"sh setup.sh {'x' * 45}..."),
         ("-c 'read x; : /a/b' /c/d", "sh -c read x; : /a/b /c/d"),
-        (f"-e {here}/setup.sh", f"sh -e {here}/setup.sh"),
     ):
-        process = world.spawn([str(shutil.which("sh")), *shlex.split(line)], stdin=subprocess.PIPE)
-        expected = shown if len(shown) <= 60 else shown[:57] + "..."
-        until(lambda process=process, expected=expected: coder_sync.command_of(process.pid) == expected)
+        process = world.spawn(["sh", *shlex.split(line)], stdin=subprocess.PIPE, cwd="/")
+        until(lambda process=process, shown=shown: coder_sync.command_of(process.pid) == shown)
 
 
 @pytest.mark.parametrize("without", [[], ["pidfd_open", "eventfd"]], ids=["pidfd", "no-pidfd"])
@@ -4314,24 +4112,6 @@ def test_an_owner_that_dies_loses_its_unit_or_its_turn_and_others_do_not(world: 
         at_rest(agent.pid)
 
 
-def test_a_script_that_ends_fails_its_unit_unless_it_has_completed_it(agent: World) -> None:
-    agent.shell("coder start a --pid $$ && coder complete a")
-    assert agent.shell("coder start b --pid $$; exit 0").returncode == 0
-    until(lambda: agent.status("b") == "failed")  # by then the end of the first was seen as well
-    assert "ended without completing" in agent.client.status("b").reason
-    assert agent.status("a") == "completed"
-
-
-def test_where_an_agent_cannot_find_out_who_called_a_client_says_it(world: World) -> None:
-    answering(world, altered("coder_sync.has_proc = lambda: False", "serve", "-q"))
-    for unit, params, pid in (("a", {"caller": 4242}, 4242), ("b", {"caller": 4242, "hold": True}, os.getpid())):
-        assert "result" in world.connect().call("start", unit=unit, **params)
-        owner = world.client.status(unit).owner
-        assert owner and owner.pid == pid
-    assert "result" in world.connect().call("start", unit="c")
-    assert world.client.status("c").owner is None
-
-
 def test_a_pid_that_is_not_alive_is_refused(mixed: World) -> None:
     gone, zombie = mixed.spawn(["true"]), mixed.spawn(["true"])
     finish(gone)
@@ -4340,20 +4120,6 @@ def test_a_pid_that_is_not_alive_is_refused(mixed: World) -> None:
         with pytest.raises(Refused, match=f"process {process.pid} is not alive in the agent's process namespace"):
             mixed.client.start("never", pid=process.pid)
     assert mixed.status("never") == "not registered"
-
-
-def test_a_run_says_what_a_stopped_agent_was_not_told_and_waits_for_it_once(world: World, gate: Gate) -> None:
-    agent = world.serve()
-    command = ["--ready", "notify", "--retry", "2", "--retry-delay", "0", "--", "sh", "-c", "cat gate; exit 3"]
-    run = world.spawn(altered("coder_sync.REPLY_TIMEOUT = 1.0", "run", "a", *command))
-    gate.reached()
-    stop(agent)
-    gate.open()
-    gate.keep_open(lambda: run.poll() is not None)
-    said = finish(run).stderr
-    late = "after ended before it was ready (exit code 3)"
-    for what in (f"try 2 of 3 {late}", f"try 3 of 3 {late}", "its process", "its outcome (exit code 3)"):
-        assert said.count(f"warning: a: {what} may not have been reported: ") >= 1 + (what == "its process"), said
 
 
 class Supervisor:
@@ -4387,29 +4153,10 @@ def test_stop_has_supervisors_end_what_runs_dependents_first_and_says_what(agent
     assert (done.returncode, done.stdout, done.stderr) == (0, "stopped: app, db\n", "")
     assert agent.client.status("db").reason == "stopped"
     assert (agent.ok("stop"), agent.ok("stop", "-q")) == ("nothing runs\n", "")
-    assert agent.run("stop", "dv").stderr == 'error: unit "dv" is not registered; call want, start or run on it first\n'
-
-
-def test_stop_tells_all_at_half_time_names_what_is_left_and_goes_on_without_who_asked(world: World) -> None:
-    answering(world, altered("coder_sync.STOP_PATIENCE = 0.1", "serve", "-q"))
-    db, app = Supervisor(world, "db"), Supervisor(world, "app", dependencies=["db"])
-    world.client.start("script")
-    other = world.connect()
-    other.request("stop", grace=0.5)
-    other.close()
-    bears_silence = "coder_sync.NAMED_AFTER, coder_sync.STOP_PATIENCE = 0.2, 20.0"
-    stopping = world.spawn(altered(bears_silence, "stop", "--grace", "0.5s"))
-    app.told()
-    db.told()
-    app.ended()
-    done = finish(stopping)
-    assert (done.returncode, done.stdout) == (1, "stopped: app\n")
-    still = rf'unit "db" still runs: .*python.* \(pid {os.getpid()}\)'
+    agent.client.start("script")
+    done = agent.run("stop", "script")
     cannot = r'unit "script" cannot be stopped: it is .+ \(pid \d+\), which has no supervisor: end that process'
-    assert re.fullmatch(f"error: {still}; {cannot}\n", done.stderr)
-    db.ended()
-    assert world.client.stop("db", "app") == []
-    assert [unit.reason for unit in world.client.list()] == ["stopped", "stopped", ""]
+    assert done.returncode == 1 and re.fullmatch(f"error: {cannot}\n", done.stderr)
 
 
 @pytest.mark.parametrize("how", ["TERM", "shutdown", "replace", "TERM twice"], ids=hyphenated)
@@ -4500,18 +4247,6 @@ def test_a_stop_ends_what_a_run_has_in_whatever_state(agent: World, options: str
     assert (found.status, found.reason) == ("failed", "stopped")
 
 
-def test_a_stop_ends_what_is_being_ended_already_sooner(agent: World) -> None:
-    deaf = "trap '' TERM; : > up; echo on; while :; do sleep 0.1; done"
-    late = ["--ready", "notify", "--ready-timeout", "100ms"]
-    run = agent.popen("run", "a", *late, "--", "sh", "-c", deaf)
-    assert line_of(run.stdout) == "on\n"
-    time.sleep(0.2)
-    began = time.monotonic()
-    agent.connect().call("stop", units=["a"], grace=0.2)
-    assert finish(run).returncode == 124 and time.monotonic() - began < coder_sync.Task.grace / 2
-    assert agent.client.status("a").reason == "stopped"
-
-
 def test_a_run_finds_its_command_in_the_path_that_a_dependency_has_left(agent: World) -> None:
     tools = agent.directory / "tools"
     tools.mkdir()
@@ -4526,15 +4261,6 @@ def test_a_run_finds_its_command_in_the_path_that_a_dependency_has_left(agent: W
     assert missing.returncode == 127 and missing.stderr.endswith("for a shell's command line write sh -c '...'\n")
     agent.popen("run", "b", "--want", "pip", "--ready", "tool x", "--", "sleep", "60")
     until(lambda: agent.status("b") == "completed")
-
-
-@pytest.mark.parametrize("ready", ["", "--ready true", "--ready notify"], ids=["", "true", "notify"])
-def test_a_run_that_lacks_descriptors_says_so_in_one_line(agent: World, ready: str) -> None:
-    patch = "coder_sync.LAST_WAIT = coder_sync.Task.grace = 0.1"
-    for limit in ("-n 5", "-n 6"):
-        argv = altered(patch, "run", "a", *ready.split(), "--", "sh", "-c", "exec sleep 0.1")
-        done = finish(agent.spawn(["sh", "-c", f'ulimit {limit}; exec "$@"', "-", *argv]))
-        assert re.fullmatch("error: .*Too many open files.*\n", done.stderr) and done.returncode in (1, 125), done
 
 
 def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate) -> None:
@@ -4616,29 +4342,6 @@ def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
     assert mixed.status("trap") == "completed"
     assert mixed.shell("UNIT_NAME=on\n" + SYNC_STARTED, "bash").returncode == 0
     assert mixed.status("on") == "started"  # by somebody else, and left alone
-    for unit, end, reason in (("c", "exit 0", ""), ("d", "exit 7", "exit code 7"), ("e", "no-such", "exit code 127")):
-        mixed.shell(f"set -e; trap 'coder complete {unit} --exit-code $?' EXIT; coder start {unit}; {end}")
-        found = mixed.client.status(unit)
-        assert (found.status, found.reason) == ("failed" if reason else "completed", reason)
-
-
-WILD = [
-    """set -euo pipefail; trap 'coder exp sync complete UNIT' EXIT
-    coder exp sync want UNIT a b c; coder exp sync start --timeout 30m UNIT""",
-    """sync() { coder exp sync "$@" > /dev/null 2>&1 || true; }
-    sync want UNIT a b c; sync start UNIT; sync complete UNIT""",
-    """(coder exp sync want ready-UNIT a b c; coder exp sync start ready-UNIT; coder exp sync complete ready-UNIT) &
-    coder exp sync want UNIT ready-UNIT a b; coder exp sync start UNIT; coder exp sync complete UNIT""",
-]
-
-
-def test_the_forms_in_which_scripts_call_it(agent: World) -> None:
-    agent.end("a", "b", "c")
-    for n, script in enumerate(WILD):
-        done = agent.shell(script.replace("UNIT", f"form-{n}"), "bash")
-        assert (done.returncode, done.stderr) == (0, ""), script
-        found = agent.client.status(f"form-{n}")
-        assert (found.status, len(found.dependencies)) == ("completed", 3)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4712,13 +4415,13 @@ def test_it_is_not_led_astray_by_what_lies_about(shared: World, world: World, fo
 
 
 @BOTH_FORMS
+@LINUX
 def test_ps_shows_what_was_called(agent: World, form: str) -> None:
     run = agent.spawn([tool(agent, form), "run", "u", "--", "sleep", "60"], env=agent.shell_env())
     happened(agent, "u", "started")
-    if Path("/proc/self/comm").exists():
-        assert coder_sync.command_of(run.pid) == "coder run u -- sleep 60"
-        assert Path(f"/proc/{run.pid}/comm").read_text() == "coder_sync\n"
-        assert len(Path(f"/proc/{run.pid}/cmdline").read_bytes()) < 300
+    assert coder_sync.command_of(run.pid) == "coder run u -- sleep 60"
+    assert Path(f"/proc/{run.pid}/comm").read_text() == "coder_sync\n"
+    assert len(Path(f"/proc/{run.pid}/cmdline").read_bytes()) < 300
 
 
 @BOTH_FORMS
@@ -4768,26 +4471,17 @@ def test_a_signal_ends_process_1_while_it_loads(world: World, form: str) -> None
 
 
 @BOTH_FORMS
-def test_garbage_is_collected_by_all_but_plain_calls(shared: World, world: World, form: str) -> None:
-    spy = "import gc, posix; end = posix._exit; posix._exit = lambda code: end(50 + gc.isenabled())\n"
-    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
-    for words, code in ((["--version"], 51), (["complete", "nobody"], 50)):
-        assert command(world, *PYTHON, spy + LAUNCH, tool(world, form), *words, env=env).returncode == code
-
-
-@BOTH_FORMS
 def test_a_damaged_file_is_said_to_be_one_in_one_line(world: World, form: str) -> None:
-    path = tool(world, form)
-    whole = Path(path).read_bytes()
-    cut = whole.index(b"\n# Client. ")
-    for size in (300, 4096, 8192, cut - 1, cut + 8192, whole.rindex(b"\ndef ")):
+    path = Path(tool(world, form))
+    whole = path.read_bytes()
+    for size in (300, 8192, whole.index(b"\n# Client. ") - 1, whole.rindex(b"\ndef ")):
         if form == "plain" or size < 10_000:
-            Path(path).write_bytes(whole[:size])
-            done = command(world, path, "list")
+            path.write_bytes(whole[:size])
+            done = command(world, str(path), "list")
             assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and "internal" not in done.stderr, size
     for at in (len(whole) // 8, len(whole) // 2):
-        Path(path).write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
-        done = command(world, path, "list", "--connect-timeout", "0")
+        path.write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
+        done = command(world, str(path), "list", "--connect-timeout", "0")
         said = "cannot reach an agent" if form == "installed" else "is damaged: copy or install it again\n"
         assert said in done.stderr and done.stderr.count("\n") == 1  # an installed one has its source
 
@@ -5346,9 +5040,10 @@ STARTUPS = {
         unit("misspelt", 0, wants=["b_setup", "zzz"]),
         unit("b-setup", registered=0),
     ),
-    "it has run for 29.9 s": startup_of(30.9, unit("a", 0, 1)),
     "it has run for 30 s": startup_of(31, unit("a", 0, 1)),
-    "it was over long ago": startup_of(3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("idle")),
+    "it was over long ago": startup_of(
+        3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("c", 0, 0, 1, exited=5)
+    ),
     "wide names": startup_of(
         *(12, unit("环境", 0, 0), unit("e\u0301tape", 0, 0, 9, status="failed", reason="no disk"), unit("b", 0, 0)),
         unit("tâche", 0, wants=["b"], waits_for=["b", "lock x"]),
@@ -5418,10 +5113,10 @@ TEXTS = """
   cache  ████████████████████████████████     30s running
   data             ██████                    5.0s failed
 * web    ░░░░░░░░░░██████████████████████     20s running
-  lint   ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░     30s gave up
   mail             ░░░░░░                    5.0s skipped
   report           ░░░░░░                    5.0s skipped
   idle                                          - pending
+  lint   ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░     30s gave up
   slow                   ░░░░░░░░░░░░░░░░     15s waiting
 
 30s in all (1 failed, 2 skipped, 2 still running, 3 not
@@ -5441,8 +5136,8 @@ started); critical path: base 10s -> web 20s (100% of it)
   up        ░░░░░░░░░░░░░░░░░░░░░░░░███████████████████   1m10s probing
 * ide       ░░░░░░░░░░░░░░░░░░░░░░░░░░█████████████████   1m00s running
   web       ░░░░░░░░░░░░░░░░░░░░░░░░░░███████████████│█   1m00s probing
-  site      ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░   2m40s waiting
   shell       ░░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
+  site      ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░   2m40s waiting
 
 ─ runs on as a service, ▒ waits for a lock, │ another try
 2m40s in all (1 died, 1 stopped, 1 lost, 4 still running, 2 not started);
@@ -5460,7 +5155,7 @@ no units yet
 1m18s in all; critical path: ... -> u3 3.0s -> u4 4.0s -> u5 5.0s -> u6 6.0s -> u7 7.0s -> u8 8.0s -> u9 9.0s -> u10 \
 10s -> u11 11s -> u12 12s (100% of it)
 ? summary: it was over long ago
-9.0s in all (1 not started); critical path: a 9.0s (100% of it)
+9.0s in all; critical path: a 9.0s (100% of it)
 ? blame: edges: 80
 by how long they ran:
 UNIT  RAN   OTHERS WAITED  STATUS
@@ -5479,9 +5174,9 @@ OTHERS WAITED adds up over all that waited, so it may exceed the whole.
 5.0s -> f 1.0s (90% of it)
 ? compare: later: good
 UNIT   BEFORE  NOW    CHANGE  CRITICAL PATH
+clone  12s     -      -
+lint   -       20s    -
 pip    2m07s   2m37s  +30s    before and now
-lint   -       20s    came
-clone  12s     -      went
 db     32s     31s    -500ms
 apt    2m05s   2m05s  0       before and now
 
@@ -5550,11 +5245,7 @@ c M342.2 78V106; c M722.2 118V126; started 8.0,183 24.0x3; m 38.0,188 runs on as
 222.0,188 waits; l 376.0,181 24.0x6; m 406.0,188 waits for a lock; started 560.0,178 24.0x12; m 590.0,188 runs; t \
 744.0,176 2.0x16; m 774.0,188 another try; completed 8.0,198 24.0x12; m 38.0,208 completed; failed 192.0,198 24.0x12; \
 m 222.0,208 failed; completed k 376.0,198 24.0x12; m 406.0,208 on the critical path
-? why: services: tools, db, site
-"site" has not started: for 2m40s it has been waiting for "web".
-"web" started 1m00s ago, after waiting 1m40s; it is probing tcp:80 for 4.0s (no route) (try 2).
-    held up: site
-
+? why: services: tools, db
 "db" completed 2m20s ago after running 20s; started by postgres -D /data (pid 42) at once; its process runs on.
 "tools" completed 1m00s ago after running 40s in 2 tries; started after waiting 1m00s, last for apt-tools; its output \
 is in /logs/tools.log.
@@ -5581,8 +5272,6 @@ a; it is ready.
 ? why: nothing
 no units yet
 ? why: good
-nothing waits, runs long or was skipped
-? why: it has run for 29.9 s
 nothing waits, runs long or was skipped
 ? why: it has run for 30 s
 "a" started 30s ago, after waiting 1.0s; it is still running.
@@ -5629,33 +5318,17 @@ UNIT   STATUS   READY  AGE   WAITS FOR  REASON
 e\u0301tape  failed   true   3.0s             no disk
 b      started  true   12s
 tâche  pending  true   12s   b, lock x
-? list: services
-UNIT       STATUS     READY  AGE    WAITS FOR  REASON
-apt-base   completed  true   2m00s
-apt-tools  completed  true   1m40s
-clone      completed  true   2m00s
-db         completed  true   2m20s             runs on as postgres -D /data (pid 42)
-proxy      failed     true   1m20s             died 1m10s after it was ready: exit code 1
-gate       completed  true   2m39s             its process has ended
-ends       started    true   2m40s             being stopped
-cache      failed     true   1m00s             stopped
-q          failed     true   1m10s             lost: the boot that ran process 43 ended; that process may still run \
-(it does)
-tools      completed  true   1m00s
-ide        started    true   1m00s
-shell      pending    true   2m30s
-web        started    true   1m00s             probing tcp:80 for 4.0s (no route)
-site       pending    true   2m40s  web
-up         started    true   1m10s             probing file:up for 1m10s
 ? list: wide names: reason,waits_for, Unit
 REASON   WAITS FOR  UNIT
                     环境
 no disk             e\u0301tape
                     b
          b, lock x  tâche
-? list: it has run for 30 s
-UNIT  STATUS   READY  AGE
-a     started  true   30s
+? list: it was over long ago
+UNIT  STATUS     READY  AGE     REASON
+a     completed  true   59m51s
+b     completed  true   59m58s  runs on
+c     completed  true   59m59s  its process has ended
 ? list: nothing: unit
 no units yet
 ? status: all that status shows: alone
@@ -5707,7 +5380,7 @@ def test_a_timeline_has_a_colour_for_each_outcome_and_the_path_in_bold() -> None
     codes = [re.findall(r"\033\[(\d+)m", line) for line in text.splitlines()[1:10]]
     bold, off = "1", "0"
     assert codes[:4] == [[bold, off, "32", off], ["36", off], ["31", off], [bold, off, "36", off]]
-    assert [code[0] for code in codes[4:]] == ["2", "33", "33", "2", "2"]
+    assert [code[0] for code in codes[4:]] == ["33", "33", "2", "2", "2"]
 
 
 def test_a_timeline_lines_up_long_and_wide_names() -> None:
@@ -5736,83 +5409,25 @@ def test_the_axis_has_round_times() -> None:
 
 
 # -- what is true of any startup ----------------------------------------------------------------------------
-ODD_NAMES = [f"{i:02}-" + "script-" * 8 + "x" for i in range(3)] + ["环境准备-" * 10, "a" * 127 + "b" * 128, HOSTILE]
-
-
-def random_startup(dice: random.Random) -> Graph:
-    """Units that start as soon as they can; some fail, some run on, some have not ended at the time of the picture."""
-    now, units, ends = dice.choice([0.5, 30.0, 4000.0]), [], {}
-    names = [f"u{i}" for i in range(dice.randrange(20))] + dice.sample(ODD_NAMES, dice.randrange(6))
-    for name in dice.sample(names, len(names)):
-        wants = dice.sample(sorted(ends), min(len(ends), dice.randrange(4)))
-        asked, last = 0.0, max(wants, key=lambda w: ends[w], default="")
-        ready = max([asked, *(ends[w] for w in wants)])
-        started = ready + dice.choice([0, 0, 0, now / 50])  # a lock
-        ends[name] = ended = started + now * dice.choice([0, 1e-6, 0.1, dice.random()])
-        more: dict[str, Any] = {"ready": ready if ready <= now else None, "released_by": last if ready else ""}
-        how = dice.choice(["completed", "completed", "failed", "runs on", "died", "stopped", "wanted", "never"])
-        if how == "wanted":
-            units.append(unit(name, registered=dice.choice([0.0, now])))
-            ends[name] = now * 9
-        elif ready > now or started > now:
-            units.append(unit(name, asked, wants=wants, **more))
-        elif ended > now:
-            units.append(unit(name, asked, started, wants=wants, **more, probe=dice.choice(["", "tcp:80"])))
-        else:
-            more["tries"] = sorted(started + (ended - started) * dice.random() for _ in range(dice.choice([0, 0, 2])))
-            more["status"] = "completed" if how in ("completed", "runs on") else "failed"
-            more["running_on"] = how == "runs on"
-            if how in ("died", "stopped"):
-                more.update(exited=ended + (now - ended) * dice.random(), exit_reason=how, reason=f"{how} <&>")
-            units.append(unit(name, asked, started, ended, wants, **more))
-    return startup_of(now, *units)
-
-
-ANY = [*STARTUPS.values(), *(random_startup(random.Random(seed)) for seed in range(150))]
+LONG_NAMES = [*(f"{i:02}-" + "script-" * 8 + "x" for i in range(3)), "环境准备-" * 10, "a" * 127 + "b" * 128, HOSTILE]
+ODD = startup_of(
+    300.002,
+    *(
+        unit(name, 0, i * 60, i * 60 + 0.001, LONG_NAMES[:i], tries=[i * 60], running_on=i > 3)
+        for i, name in enumerate(LONG_NAMES)
+    ),
+)
+ANY = [*STARTUPS.values(), ODD]
 
 
 def test_a_timeline_fits_its_width_and_has_all_units_in_the_order_they_started() -> None:
-    for graph, unicode in itertools.product(ANY, (True, False)):
+    for graph, unicode, width in itertools.product(ANY, (True, False), (40, 47, 100, 400)):
         known = [u for u in graph.nodes if u.status != "not registered"]
-        started = [bar.unit.started for bar in coder_sync.Startup(graph).rows]
-        assert len(started) == len(known)
-        times = [t for t in started if t is not None]
-        assert started == sorted(times) + [None] * (len(known) - len(times))
-        for width in (40, 47, 100, 400):
-            lines = coder_sync.timeline_text(graph, width, unicode=unicode).splitlines()
-            widths = [coder_sync.text_width(line) for line in lines]
-            assert width - 8 <= max(widths) <= width or not known, (width, unicode)
-            assert len(lines) >= len(known) + 3 or not known
-
-
-def test_a_startup_whose_times_contradict_each_other_is_drawn() -> None:
-    never = UnitStatus("never", "not registered", False, started=1.0, ended=2.0)
-    for registered, now in ((1e14, 1), (-1e14, 1), (0, 1e14)):
-        units = (
-            unit("a", 9, 5, 3, ["never"], registered=registered, released_by="never"),
-            unit("b", 0, 1e9, wants=["a"]),
-        )
-        graph = startup_of(now, never, *units)
-        assert " a " in coder_sync.timeline_text(graph) and svg_of(graph).findtext("g/title")
-        assert coder_sync.blame_text(graph) and "a" in coder_sync.graph_mermaid(graph)
-
-
-def test_the_critical_path_leads_to_the_last_end_without_a_gap() -> None:
-    for graph in ANY[len(STARTUPS) :]:
-        startup = coder_sync.Startup(graph)
-        ran = [u for u in graph.nodes if u.started is not None]
-        ends = {u.unit_name: graph.now if u.ended is None else u.ended for u in ran}
-        path = [bar.unit for bar, _ in startup.path]
-        assert (not path) == (not ran)
-        if path:
-            assert ends[path[-1].unit_name] == max(ends.values())
-            assert path[0].wants == {} or not path[0].released_by
-        for before, after in zip(path, path[1:]):
-            assert before.unit_name in after.wants
-            assert ends[before.unit_name] == max(ends[name] for name in after.wants)
-        took = sum(share for _, share in startup.path)
-        locked = sum((u.started or 0) - (u.ready or 0) for u in path)
-        assert took + locked == pytest.approx(max(ends.values(), default=0.0))
+        started = [math.inf if bar.unit.started is None else bar.unit.started for bar in coder_sync.Startup(graph).rows]
+        assert started == sorted(started) and len(started) == len(known)
+        lines = coder_sync.timeline_text(graph, width, unicode=unicode).splitlines()
+        assert not known or width - 8 <= max(map(coder_sync.text_width, lines)) <= width, (width, unicode)
+        assert not known or len(lines) >= len(known) + 3
 
 
 def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
@@ -5822,16 +5437,9 @@ def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
     return x, y - 10, x + width, y + 3
 
 
-def test_the_svg_stands_alone_and_no_text_is_covered_or_cut_off() -> None:
+def test_no_text_of_an_svg_is_covered_or_cut_off() -> None:
     for graph in ANY:
         root = svg_of(graph)
-        assert {element.tag for element in root.iter()} <= {"svg", "title", "style", "g", "path", "rect", "text"}
-        names = {name for element in root.iter() for name in element.keys()}  # noqa: SIM118
-        assert names <= {"width", "height", "viewBox", "class", "x", "y", "d", "text-anchor"}
-        style = root.findtext("style") or ""
-        assert "url(" not in style and "@import" not in style and "@media(prefers-color-scheme:dark){" in style
-        used = {word for element in root.iter() for word in element.get("class", "").split()}
-        assert used <= set(re.findall(r"\.(\w+)", style)) | {"pending"}
         boxes = [(*box(text), True) for text in root.iter("text")]
         for bar in root.iter("rect"):
             x, y = number(bar, "x"), number(bar, "y")
@@ -5844,12 +5452,15 @@ def test_the_svg_stands_alone_and_no_text_is_covered_or_cut_off() -> None:
                 assert other[0] >= right or other[2] <= left or not (is_text or other[4]), (left, top, other)
 
 
-def test_the_svg_shows_a_millisecond_beside_five_minutes() -> None:
-    quick, slow = unit("quick", 0, 0, 0.001), unit("slow", 0.001, 0.001, 300.001, ["quick"])
-    graph = startup_of(300.002, quick, slow, unit("last", 300.001, 300.001, 300.002, ["slow"]))
-    bars = [bar for bar in svg_of(graph).findall("g/rect") if bar.get("class") == "completed k"]
-    assert [number(bar, "width") for bar in bars] == [2, 760, 2]
-    assert number(bars[2], "x") + 2 == number(bars[1], "x") + 760
+def test_an_svg_stands_alone() -> None:
+    root = svg_of(STARTUPS["services"])
+    assert {element.tag for element in root.iter()} == {"svg", "title", "style", "g", "path", "rect", "text"}
+    names = {name for element in root.iter() for name in element.keys()}  # noqa: SIM118
+    assert names == {"width", "height", "viewBox", "class", "x", "y", "d", "text-anchor"}
+    style = root.findtext("style") or ""
+    assert "url(" not in style and "@import" not in style and "@media(prefers-color-scheme:dark){" in style
+    used = {word for element in root.iter() for word in element.get("class", "").split()}
+    assert used <= set(re.findall(r"\.(\w+)", style)) | {"pending"}
 
 
 def test_a_graph_has_all_names_and_edges_whatever_the_names_are() -> None:
@@ -5857,9 +5468,6 @@ def test_a_graph_has_all_names_and_edges_whatever_the_names_are() -> None:
     for graph in ANY:
         edges = [(d, u.unit_name, r) for u in graph.nodes for d, r in u.wants.items()]
         path = [bar.name for bar, _ in coder_sync.Startup(graph).path]
-        data = coder_sync.graph_data(graph)
-        assert [(edge["depends_on"], edge["unit_name"], edge["requirement"]) for edge in data["edges"]] == edges
-
         text = coder_sync.graph_dot(graph)
         boxes = re.findall(rf'^  {string} \[fillcolor="#\w+", tooltip={string}([^"]*)\];$', text, re.M)
         drawn = [(re.sub(r"\\(.)", r"\1", name), "peripheries" in more) for name, _, more in boxes]
@@ -5897,33 +5505,24 @@ def test_the_timeline_as_json_has_times_since_the_first_sign() -> None:
     }
 
 
-def test_a_timeline_that_an_older_version_saved_is_compared() -> None:
+def test_a_timeline_that_an_older_version_saved_is_read() -> None:
     data = coder_sync.timeline_data(STARTUPS["broken"])
     keys = ("unit_name", "status", "reason", "registered", "waiting", "started", "ended", "released_by", "wants")
     old = {"seconds": data["seconds"], "units": [{key: row[key] for key in keys} for row in data["units"]]}
-    text = coder_sync.compare_text(coder_sync.read_timeline(json.dumps(old), "t.json"), saved(STARTUPS["broken"]))
-    assert text == coder_sync.compare_text(saved(STARTUPS["broken"]), saved(STARTUPS["broken"]))
-
-
-def damaged(*path: Any, value: Any) -> bytes:
-    """A saved timeline with one value replaced."""
-    data: Any = [coder_sync.timeline_data(STARTUPS["services"])]
-    place = functools.reduce(lambda place, key: place[key], (0, *path)[:-1], data)
-    place[(0, *path)[-1]] = value
-    return json.dumps(data[0]).encode()
+    assert coder_sync.read_timeline(json.dumps(old), "t.json").summary() == data["summary"]
 
 
 def test_what_is_no_saved_timeline_is_refused_in_a_line() -> None:
-    foreign = [b"", b"{", b"[]", b"7", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"seconds": 1}', b"<svg></svg>"]
-    foreign += [damaged(value=value) for value in (None, [], {}, "x")]
-    foreign += [damaged("seconds", value=value) for value in ("1", [], float("nan"), float("inf"), 10**400)]
-    foreign += [damaged("units", value=value) for value in (None, 5, [5], [[]], {"a": 1}, [{}])]
-    for key, value in itertools.product(("unit_name", "status", "started", "ended"), ([[]], {"x": 1}, True, -1e16)):
-        foreign.append(damaged("units", 3, key, value=value))
-    foreign += [damaged("units", 3, "started", value="1"), damaged("units", 3, "wants", value=["a"])]
-    for data in foreign:
+    foreign = [b"", b"[]", b"7", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"seconds": 1}', b"<svg></svg>"]
+    data = coder_sync.timeline_data(STARTUPS["services"])
+    for key, value in itertools.product(("seconds", "units"), (None, "1", [5], [{}], {"a": 1}, math.inf, 10**400)):
+        foreign.append(json.dumps({**data, key: value}).encode())
+    damage = itertools.product(("unit_name", "status", "started", "ended"), ([[]], {"x": 1}, True, -1e16))
+    for key, value in [*damage, ("started", "1"), ("wants", ["a"])]:
+        foreign.append(json.dumps({**data, "units": [*data["units"][1:], {**data["units"][0], key: value}]}).encode())
+    for text in foreign:
         with pytest.raises(UsageError, match=r"^t.json is not a timeline as `timeline -o json` prints it$"):
-            coder_sync.read_timeline(data, "t.json")
+            coder_sync.read_timeline(text, "t.json")
 
 
 # -- size -----------------------------------------------------------------------------------------------------
@@ -5956,16 +5555,12 @@ def test_why_goes_down_a_chain_to_its_end_and_names_not_too_many() -> None:
 def test_why_without_a_name_is_quick_and_short_for_a_thousand_units() -> None:
     names = [[f"{layer}.{i}" for i in range(100)] for layer in range(10)]
     layers = [unit(name, 0, wants=names[n - 1]) for n in range(1, 10) for name in names[n]]
-    pairs = [unit(f"task number {i}", 0, wants=[f"misspelt number {i}"]) for i in range(1000)]
-    for graph, count in (
-        (startup_of(99, *(unit(name, 0, 0) for name in names[0]), *layers), 22),
-        (startup_of(99, *pairs), 50 * 3 + 1),
-    ):
-        began = time.process_time()
-        lines = coder_sync.why_text(graph).splitlines()
-        assert time.process_time() - began < 2
-        assert len(lines) == count, lines[-1]
-    assert lines[-1] == "(950 more causes)"
+    began = time.process_time()
+    assert coder_sync.why_text(startup_of(99, *(unit(name, 0, 0) for name in names[0]), *layers)).count("\n") == 22
+    assert time.process_time() - began < 2
+    pairs = [unit(f"task number {i}", 0, wants=[f"misspelt number {i}"]) for i in range(100)]
+    lines = coder_sync.why_text(startup_of(99, *pairs)).splitlines()
+    assert len(lines) == 50 * 3 + 1 and lines[-1] == "(50 more causes)"
 
 
 # -- pictures of a real agent -------------------------------------------------------------------------------
@@ -6009,8 +5604,8 @@ def test_events_are_a_json_object_a_line(little: World, call: Call) -> None:
         "7 c registered, 8 c wants b, 9 c waiting b"
     )
     times = [e["time"] for e in events]
-    assert times == sorted(times)
-    assert abs(events[-1]["wall"] - time.time()) < PATIENCE
+    assert times == sorted(times) and abs(events[-1]["wall"] - time.time()) < PATIENCE
+    assert [e.seq for e in little.client.events(since=7)] == [8, 9]
 
 
 def test_events_are_followed_until_the_agent_ends_or_nobody_reads_them(world: World) -> None:
@@ -6027,16 +5622,6 @@ def test_events_are_followed_until_the_agent_ends_or_nobody_reads_them(world: Wo
     agent.terminate()
     done = finish(reads)
     assert (done.returncode, done.stdout, done.stderr[:7], done.stderr.count("\n")) == (3, "", "error: ", 1)
-
-
-def test_the_client_iterates_over_events(agent: World) -> None:
-    client = agent.client
-    client.want("b", "a")
-    assert [(e.seq, e.unit, e.kind) for e in client.events()] == [(1, "b", "registered"), (2, "b", "wants")]
-    assert [e.seq for e in client.events(since=1)] == [2]
-    following = client.events(follow=True, since=2)
-    client.start("a")
-    assert [(e.seq, e.kind) for e in itertools.islice(following, 2)] == [(3, "registered"), (4, "started")]
 
 
 def test_what_happens_while_a_follower_is_told_the_history_comes_after_it(agent: World) -> None:
@@ -6078,22 +5663,15 @@ def test_every_form_of_a_picture_while_units_run(little: World, call: Call) -> N
     assert call.ok(little, "graph", "c", "-o", "mermaid").count("> u") == 2
     data = json.loads(call.ok(little, "graph", "b", "-o", "json"))
     assert data["edges"] == [{"unit_name": "b", "depends_on": "a", "requirement": "success"}]
-    assert data["units"][1] == {"unit_name": "a", "status": "completed", "reason": "", "running_on": False}
-    assert len(data["units"]) == 2
+    assert data["units"][1:] == [{"unit_name": "a", "status": "completed", "reason": "", "running_on": False}]
     assert "nobody" in call(little, "graph", "nobody").stderr
     table = call.ok(little, "status", "c").split("\n\n")[-1].splitlines()
     assert [" ".join(line.split()[1:]) for line in table] == ["EVENT DETAIL", "registered", "wants b", "waiting b"]
-    assert re.fullmatch(r"\+[\d.]+m?s", table[-1].split()[0])
 
 
 def test_a_graph_that_no_agent_of_ours_has_is_refused_in_a_line(world: World, call: Call) -> None:
-    odd: list[Any] = [
-        {"status": "mad"},
-        {"wants": {"b": "success"}},
-        {"wants": {"a": 'start", URL="x'}},
-        {"tries": ["1"]},
-    ]
-    odd += [{key: value} for key in ("started", "ended") for value in (1e308 * 10, -1e308, 10**400, "1", True)]
+    odd: list[Any] = [{"status": "mad"}, {"wants": {"b": "success"}}, {"wants": {"a": 'start", URL="x'}}]
+    odd += [{"tries": ["1"]}, *({"started": value} for value in (1e308 * 10, 10**400, "1", True))]
     commands = ("why", "timeline", "timeline --blame", "timeline -o svg", "graph", "graph -o dot", "graph -o mermaid")
     for change, line in zip(odd, itertools.cycle(commands)):
         nodes = [{"unit_name": "a", "status": "started", "is_ready": True, **change}]
@@ -6108,7 +5686,7 @@ def test_a_saved_timeline_is_compared_with_the_present(little: World, call: Call
     (tmp_path / "good.json").write_text(coder_sync.timeline_as("json", STARTUPS["good"]), encoding="utf-8")
     (tmp_path / "bad.json").write_bytes(b"\xff")
     compared = call.ok(little, "timeline", "--compare", f"{tmp_path}/good.json")
-    assert re.search("^apt +2m05s +- +went", compared, re.M)
+    assert re.search("^apt +2m05s +- +-", compared, re.M)
     transcript = """
 $ timeline --compare DIR/none.json -> 2: cannot read DIR/none.json: No such file or directory
 $ timeline --compare DIR -> 2: cannot read DIR: Is a directory
@@ -6127,26 +5705,15 @@ def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call
     process.kill()
     process.wait()
     play(call, agent, f"$ why a -> {how}that process is gone: it ended without complete.\n")
-    play(
-        call,
-        agent,
-        "$ list -c unit,reason ->\nUNIT  REASON\na     its process is gone\nb\n$ timeline ->\n...\n* a ...gone\n...\n",
-    )
-    play(call, agent, '$ why x -> "x" is not registered: nobody has called want, start or run on it.\n')
+    play(call, agent, "$ list -c unit,reason ->\nUNIT  REASON\na     its process is gone\nb\n")
 
 
 def test_the_agent_of_a_command_leaves_a_timeline_behind_or_says_why_not(world: World) -> None:
-    for path, said in (
-        ("no/such/dir.svg", "warning: cannot write the timeline to "),
-        ("t.txt", ""),
-        ("t.json", ""),
-        ("t.svg", ""),
-    ):
+    for path, said in (("no/such/dir.svg", "warning: cannot write the timeline to "), ("t.txt", ""), ("t.json", "")):
         done = world.shell(f"coder serve --timeline {path} -- coder run a -- false")
         assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == (said != "")
     text = (world.directory / "t.txt").read_text(encoding="utf-8")
     assert "\n* a " in text and "failed" in text
-    assert "1 failed" in (world.directory / "t.svg").read_text(encoding="utf-8")
     assert json.loads((world.directory / "t.json").read_bytes())["units"][0]["status"] == "failed"
 
 
