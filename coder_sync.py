@@ -5751,7 +5751,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
 HEADER_LINES = 50  # searched for headers, also below code; more if all of them are comments
 LAST_LINES = 10  # of a unit that has failed, shown in the summary
 LONGEST_LINE = 8192  # an incomplete line that is longer is printed at once
-FULL = 1 << 18  # bytes of pending output above which no script's output is read
+FULL = 1 << 18  # bytes of pending output
 MARKS = ("#", "//", "--", ";")
 # Endings of files that are not run: copies, scripts taken out of use, and what package managers leave.
 NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
@@ -6055,13 +6055,14 @@ class Output:
     """Standard output and error, written without blocking, so that a slow reader holds nothing up.
 
     Lines of scripts go to standard output, on a terminal with a status line below them; our own go to standard error.
+    While much output is pending, the streams of scripts are paused; when `may_drop`, lines are dropped instead.
     """
 
-    may_drop = False  # lines of scripts, while much output is pending
-    paused = False  # the output of scripts is not read, since much output is pending
+    may_drop = paused = False
 
     def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
         self.quiet, self.log_dir = quiet, log_dir  # empty: no logs are written, or no more
+        self.streams: list[Stream] = []
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(text_width, units), default=1))
@@ -6117,7 +6118,12 @@ class Output:
         self._fds[fd] = fd
 
     def turn(self, loop: Loop, due: float) -> list[int]:
-        """Take a turn of a loop, and write pending output in it."""
+        """Take a turn of a loop: write pending output, and read that of scripts unless they are paused."""
+        pause = self.is_full() and not self.may_drop
+        if pause != self.paused:
+            self.paused = pause
+            for stream in self.streams:
+                stream.watch()
         waiting = {self._fds[fd]: fd for fd, data in self.pending.items() if data}
         for own, fd in waiting.items():
             loop.watch(own, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
@@ -6187,6 +6193,7 @@ class Stream:
         self.decoder = getincrementaldecoder("utf-8")("backslashreplace")
         self.rest = ""  # an incomplete line
         self.last: list[str] = []  # lines, for the summary
+        out.streams.append(self)
 
     def open(self, more: bool) -> int:
         """Make a pipe for the output of a try and return its write end; with `more`, append to the log file."""
@@ -6203,7 +6210,7 @@ class Stream:
         return write
 
     def watch(self) -> None:
-        """Watch the pipe, unless reading is paused."""
+        """Watch the pipe, unless streams are paused."""
         if self.out.paused:
             self.loop.forget(self.fd)
         elif self.fd >= 0:
@@ -6463,16 +6470,8 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.draw_status(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.status_at)
-            self.pause(self.out.is_full() and not self.out.may_drop)
             for number in self.out.turn(self.loop, due):
                 self.stop_by_signal(number, f"boot got signal {number}")
-
-    def pause(self, paused: bool) -> None:
-        """Stop to read the output of scripts, or go on with it."""
-        if paused != self.out.paused:
-            self.out.paused = paused
-            for job in self.jobs.values():
-                job.stream.watch()
 
     def printed(self) -> bool:
         """Return whether no output is pending; after a signal nobody waits for a reader that has stopped."""
