@@ -1827,7 +1827,7 @@ class Family:
 
     def __init__(self, pid: int, leads: bool, mark: str) -> None:
         self.pid, self.leads, self.mark = pid, leads, mark  # of the first process; whether it leads a session or group
-        self.first = pid > 0  # whether the first process has not ended
+        self.first_alive = pid > 0  # whether the first process has not ended
         self._known: dict[int, int] = {}  # pid -> start time, as of the last scan
 
     def scan(self, processes: Callable[[], Processes]) -> bool:
@@ -1835,12 +1835,12 @@ class Family:
         try:
             alive = processes()
         except FileNotFoundError:  # there is no /proc
-            return self.first or self.has_group()
+            return self.first_alive or self.has_group()
         except OSError:  # no file descriptor is left, or processes begin too fast
             return True
-        self.leads = self.leads and (self.first or self.pid not in alive.births)  # else it is another process's pid
+        self.leads = self.leads and (self.first_alive or self.pid not in alive.births)  # else the pid is reused
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
-        todo += [self.pid] * (self.first or self.leads)
+        todo += [self.pid] * (self.first_alive or self.leads)
         todo += alive.related.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
@@ -1850,7 +1850,7 @@ class Family:
                 todo += alive.related.get(pid, ())
         self._known = {pid: alive.births[pid] for pid in found if pid in alive.births}
         missed = self.has_group() and self.pid not in alive.zombie_groups
-        return self.first or bool(self._known) or missed
+        return self.first_alive or bool(self._known) or missed
 
     def has_group(self) -> bool:
         """Return whether its own group has members, zombies included."""
@@ -1858,15 +1858,15 @@ class Family:
 
     def terminate_first(self) -> None:
         """Send TERM to the first process, and CONT, since it may be stopped."""
-        if self.first:
+        if self.first_alive:
             signal_to(self.pid, signal.SIGTERM, signal.SIGCONT)
 
     def pids(self) -> list[int]:
         """Return the pids of the known processes that are left."""
-        return [self.pid] * self.first + self._others()
+        return [self.pid] * self.first_alive + self._others()
 
     def _others(self) -> list[int]:
-        others = [pid for pid in self._known if pid != self.pid or not self.first]
+        others = [pid for pid in self._known if pid != self.pid or not self.first_alive]
         return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def terminate_others(self) -> None:
@@ -2165,7 +2165,7 @@ class Unit:
         self.facts = object.__new__(UnitStatus)  # attributes that are not set have their defaults and take no memory
         self.root = ""  # the first failure that caused the unit to be skipped
         self.last: Claim | None = None  # the held claim that was granted last
-        self.lost = False  # that claim ended before the command did, as far as is known
+        self.lost = False  # that claim has ended, and perhaps not the command
         self.owner_is_command = False  # the owner in `facts` is the command itself, as its supervisor has said
 
     def first(self) -> Claim | None:
@@ -2363,7 +2363,7 @@ class Units:
             claim.delivered = True
             self._answer_line(unit, self._already_started(unit, *(other.owner for other in unit.line)))
             if not claim.held:
-                self._end_holder(unit)
+                self._end_claim(claim)
 
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
         """End claims before their time, all in one step; there is no other way in which they end so.
@@ -2417,7 +2417,7 @@ class Units:
         elif holder and not stopping:
             self.run_on(holder)
         elif other and not other.supervisor:
-            self._end_holder(unit)
+            self._end_claim(other)
         self._settle_all()
         if before in ENDED and unit.status == before != status and not (holder and stopping):
             why = f" ({reason})" if reason else ""
@@ -2441,7 +2441,7 @@ class Units:
             self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
         elif ran_on:
             self._record(unit, "exited", reason)
-        self._end_holder(unit, STOPPED if stopped else reason)
+        self._end_claim(claim, STOPPED if stopped else reason)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
@@ -2694,7 +2694,7 @@ class Units:
         if claim and claim.boot and status != PENDING:
             env = self.environment(unit.name) if status == STARTED else {}
             self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
-        if not unit.name and status != PENDING:  # a wait is over: forget the names that nothing else has mentioned
+        if not unit.name and status != PENDING:  # a wait is over: forget the names that only it has mentioned
             waited_for = unit.wants
             self._link(unit, {})
             self._forget(waited_for)
@@ -2705,12 +2705,13 @@ class Units:
             self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
         self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
 
-    def _end_holder(self, unit: Unit, how: str = "") -> None:
-        """End the claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
-        claim, unit.holder, unit.lost = unit.holder, None, how == LOST
+    def _end_claim(self, claim: Claim, how: str = "") -> None:
+        """End a claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
+        unit = claim.unit
+        unit.holder, unit.lost = None, how == LOST
         if unit.facts.running_on:
             unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), how
-        if unit.status != STARTED or (claim and claim.held):
+        if unit.status != STARTED or claim.held:  # a unit that was started by a plain claim keeps its locks
             self._free(unit)
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
@@ -2745,7 +2746,7 @@ class Units:
         command = "that process" if unit.owner_is_command else "its command"
         end = f"ended; {command} may still run" if ran_on else "ended without completing"
         reason = one_line(f"lost: {by}{self._process_text(claim.owner) or 'the process that held it'} {end}")
-        self._end_holder(unit, LOST)
+        self._end_claim(claim, LOST)
         if ran_on:
             self._set(unit, Outcome(FAILED, reason))
         return reason
@@ -2760,7 +2761,7 @@ class Units:
                 self.locks.pop(lock.name, None)
         unit.locks = ()
 
-    # -- small parts --------------------------------------------------------------------------------------
+    # -- declarations, and lines --------------------------------------------------------------------------
 
     def _declare(self, members: Sequence[Member], replace: bool = False) -> list[Unit]:
         """Register units and add their dependencies, all or none; `replace` drops the dependencies that they had.
@@ -5271,9 +5272,8 @@ class Task:
         """Print a warning."""
         put(f"warning: {self.unit}: {text}\n", 2)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        """Handle the answer to a report."""
-        raise NotImplementedError
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        """Handle an error as the answer to a report."""
 
     # -- life cycle
 
@@ -5409,7 +5409,7 @@ class Task:
 
     def process_ended(self, code: int) -> None:
         """Handle the end of the first process; its exit status is -N for signal N."""
-        self.family.first, self.code = False, code
+        self.family.first_alive, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
             self.due = dict.fromkeys(self.due, 0.0)
@@ -5427,19 +5427,19 @@ class Task:
         elif self.state == SETTLED:
             self.due[self.check_left] = 0.0 if self.runs_on else time.monotonic() + CHECK_EVERY
 
-    def end(self, why: str, by: float = NEVER) -> None:
-        """End all processes of the command until the time `by`, at most `grace` seconds from now.
+    def end(self, why: str, deadline: float = NEVER) -> None:
+        """End all processes of the command until the deadline, which is at most `grace` seconds from now.
 
         The first process gets TERM; the others get it when that has ended, or after half of the time, since servers
-        end their workers themselves. KILL follows at the end. A second call can only bring the end nearer.
+        end their workers themselves. KILL follows at the deadline. A second call can only bring it nearer.
         """
         now = time.monotonic()
-        by = min(max(by, now), now + self.grace)
+        deadline = min(max(deadline, now), now + self.grace)
         if self.state == ENDING:
-            self.kill_at = min(self.kill_at, by)
+            self.kill_at = min(self.kill_at, deadline)
             return
-        self.why, self.kill_at = why, by
-        others_at = (now + by) / 2 if self.family.first else now
+        self.why, self.kill_at = why, deadline
+        others_at = (now + deadline) / 2 if self.family.first_alive else now
         self.enter(ENDING, {self.terminate_others: others_at, self.check_left: now})
         self.close_prober(ended=False)
         self.family.scan(self.loop.processes)  # while parents live, by which their children are found
@@ -5463,7 +5463,7 @@ class Task:
             self.due[self.check_left] = now + CHECK_OFTEN
             if now >= self.kill_at:
                 self.family.kill()
-        elif not self.family.first:
+        elif not self.family.first_alive:
             self.due[self.check_left] = now + CHECK_EVERY
             if not self.runs_on:
                 self.runs_on = True
@@ -5499,13 +5499,13 @@ class Task:
         """Return which try is next, and why."""
         return f"try {self.tries + 1} of {self.limits.retries + 1} after {self.why}"
 
-    def stop(self, why: str, by: float = NEVER) -> None:
-        """End the command until the time `by`; there will be no further try."""
+    def stop(self, why: str, deadline: float = NEVER) -> None:
+        """End the command until the deadline; there will be no further try."""
         self.stopped = why
         if self.state in (WAITING, CHECKING):
             self.enter(GONE, {})
         if self.state != GONE:
-            self.end(why, by)
+            self.end(why, deadline)
         elif not self.reported:
             self.fail(why)
 
@@ -5518,7 +5518,7 @@ class Task:
         except Refused as error:
             self.end(str(error))
             return
-        runs_on = self.family.first or self.family.has_group() or self.code != 0
+        runs_on = self.family.first_alive or self.family.has_group() or self.code != 0
         self.settle(COMPLETED, runs_on)
         self.report("complete", env=env, running=runs_on)
 
@@ -5549,6 +5549,17 @@ class Task:
     def report(self, method: str, **params: Any) -> None:
         """Send a report to the agent."""
         self.link.request(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
+
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        """Handle the answer to a report. If the unit may not complete, end the command, and report a failure."""
+        try:
+            unwrap(message)
+        except SyncError as error:
+            if method == "complete" and not isinstance(error, Unreachable):
+                self.reported = ""
+                self.stop(str(error))
+            else:
+                self.not_reported(method, params, error)
 
 
 # -- the commands -------------------------------------------------------------------------------------------
@@ -5634,12 +5645,12 @@ class Run(Task):
         if self.state in (WAITING, CHECKING, GONE):
             self.status = 128 + number
             self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
-        elif self.family.first:
+        elif self.family.first_alive:
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
         else:  # only processes that it has left: end them at once
-            self.end("", by=0.0)
+            self.end("", deadline=0.0)
 
     def notified(self, method: str, params: Answer) -> None:
         """Handle a notification: stop, or go on as a service, since others have completed the unit."""
@@ -5668,14 +5679,10 @@ class Run(Task):
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
         others = {"owner": "its process", "exited": "its end"}
-        what = params.get("detail") or others.get(method, outcome)
-        try:
-            unwrap(message)
-        except SyncError as error:
-            self.warn(f"{what} may not have been reported: {error}")
+        self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
 
 
 @Command(
@@ -6287,7 +6294,7 @@ class Job(Task):
 
     def running(self) -> bool:
         """Return whether the first process runs."""
-        return self.lives() and self.family.first
+        return self.lives() and self.family.first_alive
 
     def ending(self) -> bool:
         """Return whether the command is being ended, or may tidy up after a failure that others have reported."""
@@ -6321,15 +6328,9 @@ class Job(Task):
         self.reason = reason
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        try:
-            unwrap(message)
-        except SyncError as error:
-            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.reported = ""
-                self.stop(str(error))
-            elif method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
-                self.set_outcome(self.reported, self.reason)
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        if method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
+            self.set_outcome(self.reported, self.reason)
 
     def set_outcome(self, status: str, reason: str) -> None:
         """Set the outcome of the unit, unless it has one."""
@@ -6449,7 +6450,7 @@ class Boot:
             family.scan(Processes)
             family.terminate_first()
             family.terminate_others()
-            family.first = False  # nobody takes its exit status any more
+            family.first_alive = False  # nobody takes its exit status any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
             time.sleep(CHECK_OFTEN)
@@ -7515,10 +7516,11 @@ def cmd_completion(args: Args) -> None:
         path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
         put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    found = candidates(args.command)
     if args.shell == "bash":
         line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
         found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
+    else:
+        found = candidates(args.command)
     put("".join(word + "\n" for word in found))
 
 

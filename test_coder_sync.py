@@ -2428,6 +2428,14 @@ def test_a_start_that_is_to_be_confirmed_is_granted_only_then(shared: World) -> 
     assert "result" in other.read()
 
 
+def test_an_answer_that_is_never_confirmed_counts_as_delivered_after_a_time(world: World) -> None:
+    answering(world, altered("coder_sync.CONFIRM_TIMEOUT = 0.1", "serve", "-q"))
+    peer, other = world.connect(), world.connect()
+    assert "result" in peer.call("start", unit="a", confirm=True)
+    other.request("start", unit="a")
+    assert other.read()["error"]["message"].startswith('unit "a" is already started')
+
+
 # -- limits ------------------------------------------------------------------------------------------------
 
 
@@ -4001,9 +4009,20 @@ def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) ->
     assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
 
 
+def test_a_run_that_may_not_complete_its_unit_ends_its_command(agent: World) -> None:
+    process, _ = held(agent, "a", "--ready", f"file:{agent.directory}/up")
+    agent.ok("fail", "a", "--reason", "no")
+    (agent.directory / "up").touch()
+    done = finish(process)
+    assert done.returncode == 143
+    assert done.stderr.startswith('error: a: unit "a" is failed (no) and cannot become completed: ')
+    assert agent.client.status("a").reason == "no"
+
+
 def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
     run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
     assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
+    until(lambda: agent.client.status("a").owner.alive is None)  # not False: it is to be tried again
     done, reason = stopped(run), "stopped between two tries; exit code 1"
     assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
 
@@ -4057,6 +4076,7 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
         agent.waiting("a")
     else:
         process, pid = held(agent, "a")
+        until(lambda: agent.client.status("a").owner.pid == pid)
     waiting = agent.popen("start", "b", "--want", "a")
     agent.waiting("b")
     if dies == "both":
@@ -4072,7 +4092,9 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
     else:
         assert re.fullmatch(lost(process), failed.reason)
     if dies == "run":
-        assert alive(pid)  # and does not hold the unit
+        assert alive(pid) and f"the run that ran process {pid} " in failed.reason
+        refused = agent.connect().call("boot", units=[{"unit": "a"}])["error"]["message"]
+        assert refused == f'unit "a" still runs (pid {pid}), and its supervisor is gone: end that process first'
         os.kill(pid, signal.SIGKILL)
 
 
@@ -6951,7 +6973,7 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
     for own in (True, False):
         family = coder_sync.Family(other.pid, own, "")
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
-        family.first = False
+        family.first_alive = False
         family.scan(coder_sync.Processes)
         assert family.pids() == []
         family.terminate_others(), family.kill()
@@ -6962,7 +6984,7 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
 def test_what_proc_hides_of_a_group_counts_as_left_unless_it_is_a_zombie(world: World) -> None:
     other = world.spawn(["sleep", "60"])
     family, hidden = coder_sync.Family(other.pid, True, ""), coder_sync.Processes()
-    family.first = False
+    family.first_alive = False
     del hidden.births[other.pid]
     assert family.scan(lambda: hidden)
     hidden.zombie_groups.add(other.pid)
