@@ -707,7 +707,7 @@ class Channel:
         self._buffer = bytearray()  # the beginning of a line
         self._lines: list[bytearray] = []  # complete lines, not yet returned by `receive`
         self.sock: Any = sock or connected(path, connect_timeout)
-        self.pid, self.uid = who_is_at(self.sock)
+        self.pid, self.uid = peer_credentials(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
         self._warned = False  # by `as_answer`
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
@@ -856,10 +856,10 @@ def connected(path: str, connect_timeout: float) -> Any:
         pause = min(2 * pause, 0.05)
 
 
-def who_is_at(sock: Any) -> tuple[int, int]:
-    """Return pid and uid of the process at the other end of a connection, or 0 and -1 if the system does not tell.
+def peer_credentials(sock: Any) -> tuple[int, int]:
+    """Return pid and uid of the process at the other end of a connection, or 0 and -1 if they are unknown.
 
-    At the client's end these are of the process that called listen(2).
+    A client gets those of the process that called listen(2).
     """
     import _socket
 
@@ -873,7 +873,7 @@ def who_is_at(sock: Any) -> tuple[int, int]:
     return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
 
 
-def our_caller() -> dict[str, int]:
+def parent_param() -> dict[str, int]:
     """Return the parameter for the pid of our parent, which an agent needs where there is no /proc."""
     return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
@@ -897,9 +897,7 @@ def unwrap(message: dict[str, Any]) -> Any:
 
 def records(kind: type[R], rows: Any) -> list[R]:
     """Return a list of records from JSON. Raises Unreachable."""
-    if not isinstance(rows, list):
-        raise Unreachable(f"the answer has no list of {kind.__name__}; are agent and client of one version?")
-    return [record(kind, row) for row in rows]
+    return [record(kind, row) for row in (rows if isinstance(rows, list) else [rows])]
 
 
 def agent_path(given: str) -> str:
@@ -995,13 +993,13 @@ class BaseClient:
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call("fail", unit=unit, exit_code=exit_code, **our_caller())
+            self._call("fail", unit=unit, exit_code=exit_code, **parent_param())
         else:
-            self._call("complete", unit=unit, **our_caller())
+            self._call("complete", unit=unit, **parent_param())
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call("fail", unit=unit, reason=one_line(reason), **our_caller())
+        self._call("fail", unit=unit, reason=one_line(reason), **parent_param())
 
 
 class Start:
@@ -1012,7 +1010,7 @@ class Start:
     ) -> None:
         """Wait until the agent has started the unit. `params` are further parameters of its method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
-        params.update(unit=check_name(unit), hold=hold, confirm=not hold, **our_caller())
+        params.update(unit=check_name(unit), hold=hold, confirm=not hold, **parent_param())
         began = time.monotonic()
         self.channel = client._channel("start")
         try:
@@ -1118,7 +1116,7 @@ class Argument:
         self.takes_value = self.is_repeated or "action" not in words
         self.default = words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
-    def read(self, text: str) -> Any:
+    def convert(self, text: str) -> Any:
         """Convert a text to a value of the argument. Raises UsageError."""
         choices = self.words.get("choices", [text])
         try:
@@ -1159,12 +1157,12 @@ class Command:
         """The options, by each of their names."""
         return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
-    def take(self, args: Args, names: Sequence[str]) -> None:
+    def set_positionals(self, args: Args, names: Sequence[str]) -> None:
         """Set the positionals in `args` to `names`. Raises UsageError."""
         for argument in self.positionals:
             if not names and argument.words.get("nargs") != "*":
                 raise UsageError(f"the following arguments are required: {argument.words['metavar']}")
-            setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
+            setattr(args, argument.dest, names if argument.is_repeated else argument.convert(names[0]))
             names = [] if argument.is_repeated else names[1:]
         if names:
             hint = "; did you forget -- before the command?" if self.tail and not args.command else ""
@@ -1300,7 +1298,7 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
         words, values["command"] = split_tail(command, words)
         for argument in command.arguments:
             default = argument.default
-            values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+            values[argument.dest] = argument.convert(default) if default and isinstance(default, str) else default
         while words:
             word = words.pop(0)
             if word[:1] != "-":
@@ -1309,9 +1307,9 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
             option = options[word]
             if option.takes_value and words[0][:1] == "-":
                 return None
-            value = option.read(words.pop(0)) if option.takes_value else True
+            value = option.convert(words.pop(0)) if option.takes_value else True
             values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-        command.take(args, names)
+        command.set_positionals(args, names)
     except (UsageError, LookupError, ValueError):
         return None
     return None if args.help or args.command is None else (command, args)
@@ -1594,7 +1592,7 @@ class Block:
                     raise
 
 
-def let_go(unit: str, owner: Owner | None) -> str:
+def gone_hint(unit: str, owner: Owner | None) -> str:
     """Return the end of a message about a unit: what to do if its owner has gone."""
     gone = owner is not None and owner.alive is False
     return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
@@ -1604,7 +1602,7 @@ def still_running(answer: Answer) -> str:
     """Return the message about commands that `stop` has not ended."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
     for row in answer.cannot:
-        way = let_go(row.unit, row.owner) or ", which has no supervisor: end that process"
+        way = gone_hint(row.unit, row.owner) or ", which has no supervisor: end that process"
         texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
 
@@ -1627,7 +1625,7 @@ def resembling(name: str, names: Iterable[str]) -> str:
     return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
 
 
-def meant(guess: str, otherwise: str = "") -> str:
+def did_you_mean(guess: str, otherwise: str = "") -> str:
     """Return the end of a message about an unknown name: the name that it resembles, or `otherwise`."""
     return f'; did you mean "{guess}"?' if guess else otherwise
 
@@ -2507,7 +2505,7 @@ class Units:
             if unit.status == STARTED:
                 owner = self._owner(unit)
                 by = owner_text(owner, " by ", ", which is no longer running,")
-                hint = let_go(unit.name, owner) or "; end it first"
+                hint = gone_hint(unit.name, owner) or "; end it first"
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
                 raise Refused(f"{unit.still_runs()} and cannot be reset; stop it first")
@@ -2937,7 +2935,7 @@ class Units:
             return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
         if unit.status in ENDED:
             return AlreadyStarted(f"{unit.still_runs()}: stop it first")
-        whose = owner_text(owner, " by ") + let_go(unit.name, owner)
+        whose = owner_text(owner, " by ") + gone_hint(unit.name, owner)
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
     def _check_report(self, unit: Unit, status: str, by: Owner | None) -> None:
@@ -3246,7 +3244,7 @@ class Connection:
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
         """Return the peer, if it is to hold a unit, else the script that called it; without /proc that is `parent`."""
-        pid = who_is_at(self.sock)[0]
+        pid = peer_credentials(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
         return process(pid)
@@ -3361,7 +3359,7 @@ class Agent:
         except SyncError as problem:
             error = problem
             if isinstance(error, NotRegistered):
-                error = NotRegistered(f"{error}{meant(self._resembling(error.unit))}")
+                error = NotRegistered(f"{error}{did_you_mean(self._resembling(error.unit))}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3682,7 +3680,7 @@ class Agent:
     @staticmethod
     def _knows_pids_of(connection: Connection) -> bool:
         """Return whether a peer is in our process namespace, so that a pid means the same process to both."""
-        peer = who_is_at(connection.sock)[0]
+        peer = peer_credentials(connection.sock)[0]
         return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
@@ -4575,7 +4573,7 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     wants = {u.unit_name: u.wants for u in graph.nodes}
     for name in names:
         if name not in wants:
-            hint = meant(resembling(name, wants), f"; see `{PROGRAM} list --all`")
+            hint = did_you_mean(resembling(name, wants), f"; see `{PROGRAM} list --all`")
             raise NotRegistered(f'no unit "{name}"{hint}')
     keep = reached(names, wants.get)
     return Graph(graph.now, [u for u in graph.nodes if u.unit_name in keep])
@@ -4732,7 +4730,7 @@ def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[
         why += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
         known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
         guess = resembling(u.unit_name, known.difference(wanted_by))  # its name may be misspelt
-        lines.append(f'"{u.unit_name}" is not registered: {why}{meant(guess, ".")}')
+        lines.append(f'"{u.unit_name}" is not registered: {why}{did_you_mean(guess, ".")}')
     return lines + ([f"({len(units) - 20} more like these)"] if len(units) > 20 else [])
 
 
@@ -4981,7 +4979,7 @@ class Prober:
                 return "" if found else "no such file"
             with connect(probe) as sock:
                 if probe.kind == "unix":
-                    self._peer = who_is_at(sock)[0]
+                    self._peer = peer_credentials(sock)[0]
                 status = http_status(sock, probe) if probe.kind == "http" else 0
             return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
@@ -5953,14 +5951,14 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
             outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
             guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
-            hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
+            hint = f"; {left_out[name]}" if name in left_out else did_you_mean(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
         missing = next((name for name in (unit, edge.dependency) if name not in by_name), "")
         if missing:
-            hint = meant(resembling(missing, list(by_name)))
+            hint = did_you_mean(resembling(missing, list(by_name)))
             if hint:
                 warn(f'{edge.place}: no file provides "{missing}"{hint}')
         elif edge.dependency not in [own.dependency for own in by_name[unit].want]:
@@ -6964,7 +6962,7 @@ def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.Argum
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
     parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
-        more: dict[str, Any] = {"default": argument.default, "type": argument.read} if argument.takes_value else {}
+        more: dict[str, Any] = {"default": argument.default, "type": argument.convert} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
         parser.add_argument(*argument.names, **{**argument.words, **more})
     return parser
@@ -7004,8 +7002,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
             raise SystemExit(0)
         unknown = next((name.partition("=")[0] for name in names if name[:1] == "-"), "")
         if unknown:
-            raise UsageError(f"no such option: {ascii(unknown)[:40]}{meant(resembling(unknown, command.options))}")
-        command.take(args, [*names, *words[end + 1 :]])
+            hint = did_you_mean(resembling(unknown, command.options))
+            raise UsageError(f"no such option: {ascii(unknown)[:40]}{hint}")
+        command.set_positionals(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
     except UsageError as error:
@@ -7026,7 +7025,7 @@ def command_named(name: str) -> Command:
     if name == "exp":
         raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
     if name not in COMMANDS:
-        hint = meant(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
+        hint = did_you_mean(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
         raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
     return COMMANDS[name]
 

@@ -3960,6 +3960,21 @@ def killed(process: subprocess.Popen[str]) -> None:
     process.wait(PATIENCE)
 
 
+def test_a_start_that_is_killed_before_it_has_said_so_is_undone(agent: World) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(write, bytes(4096)):
+            pass
+    os.set_blocking(write, True)
+    process = agent.popen("start", "a", stdout=write)
+    happened(agent, "a", "started")
+    process.kill()
+    until(lambda: agent.status("a") == "pending")
+    os.close(read)
+    os.close(write)
+
+
 def test_run_declares_waits_starts_runs_and_completes(agent: World) -> None:
     process = agent.popen("run", "a", "--want", "b", "--want", "c", "--", "sh", "-c", "yes ran | head -n 1")
     assert line_of(process.stderr) == "a: waiting for b not registered; c not registered\n"
