@@ -6761,7 +6761,7 @@ STUBBORN = "trap '' TERM INT; echo on; cat gate; while :; do sleep 60; done"
 @needs_proc
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_everything_and_nothing_is_left(world: World, gate: Gate, number: int, code: int) -> None:
-    text = "trap 'echo told; exit 1' INT TERM HUP; sleep 60 & cat gate; (sleep 60 & sleep 60); wait"
+    text = "@retry 1 10m\ntrap 'echo told; exit 1' INT TERM HUP; sleep 60 & cat gate; (sleep 60 & sleep 60); wait"
     files = {"a": text, "b": "@want a", "daemon": "sleep 60 &", "c": "@want daemon\ncat c", "r": "@retry 5 10m\nexit 1"}
     after = Gate(world, "c")
     boot = Boot(world, files, "--grace", "300ms", patch="coder_sync.REPORT_EVERY = 0.2")  # for those that ignore INT
