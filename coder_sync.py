@@ -5678,8 +5678,9 @@ class Run(Task):
 
     def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "its process", "exited": "its end"}
-        self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
+        others = {"owner": "what says that it is ready", "exited": "its end"}
+        if method != "owner" or self.limits.ready:
+            self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
 
 
 @Command(
