@@ -3006,8 +3006,8 @@ class Units:
 #   other thread puts messages into the outbox of the connection and wakes its thread, both under the lock.
 # - A thread that waits polls its socket and its wake-up descriptor, until something is due for one of its claims. So
 #   the end of a client is noticed at once, and all its claims end in one step.
-# - A claim is answered once. The answer counts as delivered when it was sent; if the client has asked for `confirm`,
-#   when it says that it has the answer, and CONFIRM_TIMEOUT later all the same.
+# - A claim is answered once. The answer counts as delivered when it was sent; if the request has `confirm`, when the
+#   client confirms it, or CONFIRM_TIMEOUT after it was sent.
 # - A follower of events reads them from the history; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
 
@@ -3018,7 +3018,7 @@ MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log that are not written yet
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
 REPLACE_TIMEOUT = GRACE + 4.0  # seconds that an agent has to stop its services and end
-MANY_CLAIMS = 10_000  # of one connection
+MANY_CLAIMS = 10_000  # of one connection, which then forgets those that are over
 MAX_BOOT = 64 << 20  # bytes of all requests of a boot
 ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
 SEND_TIMEOUT = 10  # seconds for which a peer may read nothing that is sent to it
@@ -3030,7 +3030,7 @@ STACK = 256 * 1024  # bytes, of a thread
 ELSEWHERE = "elsewhere"  # `born` of a process in another process namespace, whose pid means nothing here
 NO_ENVIRONMENT: dict[str, str] = {}
 
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a parameter -> its name, its test
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation -> name, test of a value
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
@@ -3271,7 +3271,6 @@ class Agent:
         self.units = Units(time.monotonic, time.time, self._alive, self._event, self._answer)
         self.connections: set[Connection] = set()
         self.followers: set[Connection] = set()
-        self.began = time.monotonic()
         self.leaving = False  # the agent is about to end, and takes no more claims
         self.owners: dict[Claim, io.FileIO | None] = {}  # claim of a `start --pid` -> pidfd of the process, if any
         self._owners_wake = WakeUp()
@@ -3288,7 +3287,7 @@ class Agent:
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
-    def end(self, connection: Connection) -> None:
+    def disconnect(self, connection: Connection) -> None:
         """Close a connection and end its claims."""
         with self.lock:
             connection.gone = True
@@ -3484,7 +3483,7 @@ class Agent:
     # -- methods of the protocol, under the lock; each returns its result, or None if the answer comes later ------
 
     def do_ping(self, request: Request) -> Any:
-        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
+        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.units.began, 3)}
 
     def do_want(self, request: Request, unit: str, dependencies: Sequence[str] = (), requires: str = SUCCESS) -> Any:
         node = self.units.want(unit, dependencies, requires)
@@ -3512,7 +3511,7 @@ class Agent:
         """
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
-        owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
+        owner = self._owner(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
         by: dict[str, Any] = {"owner": owner, "held": held, "supervisor": supervisor}
         claim = self._expect(request, lambda: self.units.start(member, request, timeout, **by), progress)
@@ -3554,7 +3553,7 @@ class Agent:
             raise Unreachable("the agent is shutting down")
 
     def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
-        """Let claims end with a connection. Forget its old ones that are over, if there are many."""
+        """Let claims end with a connection."""
         connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MANY_CLAIMS:
             connection.claims = {c: None for c in connection.claims if not c.is_over()}
@@ -3682,7 +3681,7 @@ class Agent:
         peer = peer_credentials(connection.sock)[0]
         return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
 
-    def _process(self, connection: Connection, pid: int) -> Owner | None:
+    def _owner(self, connection: Connection, pid: int) -> Owner | None:
         """Return the process with a pid, as an owner. Raises Refused if there is none."""
         if not self._knows_pids_of(connection):
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
@@ -3806,7 +3805,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
         def shutdown_request(self, request: Any) -> None:
-            agent.end(request)
+            agent.disconnect(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             error: Any = sys.exc_info()[1]
