@@ -1,7 +1,7 @@
 #!/bin/sh
 """:"
 exec python3 -IS -c \
-    'import sys;sys.tracebacklimit=0;SELF=open(sys.argv[1],"rb",0);exec(SELF.read(9999).split(b"#:\n")[1]);launch()' \
+    'import sys;sys.tracebacklimit=0;SELF=open(sys.argv[1],"rb",0);exec(SELF.read(9999).split(b"#:\n")[-2]);launch()' \
     "$0" "$@"
 """
 # /// script
@@ -22,10 +22,10 @@ go on:
     coder_sync.py fail UNIT              UNIT will not be done; what requires it is skipped
     coder_sync.py run UNIT -- COMMAND    start, COMMAND, complete or fail, in one process
     coder_sync.py boot PATH...           a directory of scripts in the order that their headers ask for
-    coder_sync.py wait UNIT...           wait for units, or probes, without being one
-    coder_sync.py stop [UNIT...]         end what runs, dependents first
-    coder_sync.py status UNIT | list     what stands where; also why, timeline, graph, events, ping
-    coder_sync.py env UNIT               the variables that UNIT would start with
+    coder_sync.py wait UNIT...           wait for units, or for probes, without being a unit
+    coder_sync.py stop [UNIT...]         end the commands of units, dependents first
+    coder_sync.py status UNIT | list     the state of a unit, or of all; also why, timeline, graph, events, ping
+    coder_sync.py env UNIT               the variables with which UNIT would start
     coder_sync.py reset | shutdown       start again: units; the agent
     coder_sync.py install [PATH]         make every call faster; also completion SHELL
     coder_sync.py help [TOPIC]           more about a command, headers, probes, exit-codes, json, protocol
@@ -45,12 +45,12 @@ Exit codes:
 
 The file is also a module: `from coder_sync import Client`. Its sections, top to bottom; each uses only those above it:
 
-    Errors          one hierarchy; each knows its exit code and its JSON-RPC code
+    Errors          one hierarchy; each class has an exit code and a JSON-RPC code
     Names and records
-                    the words of the rules, and what is known of a unit
+                    the words of the rules, and the data about a unit
     Protocol        newline-delimited JSON-RPC 2.0
     Terminal        standard output and error
-    Connection      what asks an agent
+    Connection      the client's side of the protocol
     Calls           plain command lines; want, start, complete, fail
     Client          the rest of the Python API
     Processes       what several sections need of the system
@@ -62,20 +62,22 @@ The file is also a module: `from coder_sync import Client`. Its sections, top to
     Install         a copy with its bytecode
     Command line    all other command lines, and the other commands
 
-The first lines make the file an executable that starts the interpreter isolated and without site, on any system with
-a `sh`. The file is cut above Client: want, start, complete and fail need only what is above the cut, so `launch`
-compiles no more for them, and `install` writes a copy that is not compiled at all. A call is mostly the start of the
-interpreter, so nothing is imported here that a plain call does not need: `os`, `socket`, `json`, `argparse`,
-`threading` and `typing` each cost more than everything that it does.
+The first lines make the file an executable on any system with a `sh`: they start the interpreter isolated and without
+site, and call `launch`. The file is cut above Client. Only what stands above the cut is needed for want, start,
+complete and fail, so `launch` compiles no more for them; a copy made by `install` has both parts as bytecode. Most of
+the time of a call is the start of the interpreter, so nothing is imported above the cut that such a call does not need:
+`os`, `socket`, `json`, `argparse`, `threading` and `typing` each cost more than all the rest of the call.
 """
 
 #:
-# The first lines run the code from here to the next such line on its own; so does `python3 COPY`. Python 2 can read it.
+# The first lines run only the code from here to the next `#:`, and so does `python3 COPY`. Python 2 can read it.
 import errno
 import gc
 import posix  # what os is made of
 import sys
 import time
+
+FUTURE = b"from __future__ import annotations"
 
 
 def source_in(data):  # type: (bytes) -> bytes
@@ -84,70 +86,69 @@ def source_in(data):  # type: (bytes) -> bytes
 
 
 def halves(source):  # type: (bytes) -> tuple[bytes, bytes]
-    """Return the source above the cut and below it, with its line numbers. Raises ValueError if some is missing."""
+    """Return the source above the cut and below it, each to be compiled alone. Raises ValueError if it is damaged."""
     above, cut, below = source.partition(b"\n# Client. ")
     if not below.endswith(b"main()\n"):
         raise ValueError
-    return above, b"\n" * above.count(b"\n") + cut + below
+    return above, FUTURE + b"\n" * above.count(b"\n") + cut + below  # with the line numbers of the file
 
 
-def half_of(file, below):  # type: (Any, bool) -> list[Any]
+def code_in(file, below):  # type: (Any, bool) -> list[Any]
     """Return the code above the cut, or below it, of this file or of an installed copy.
 
-    A copy has bytecode, which is used if it is for this Python and undamaged; else the source is compiled, one section
-    after the other, which takes less memory than all at once, and so less time.
+    A copy has bytecode, which is used if it is for this Python and undamaged. Source is compiled section by section,
+    which takes less memory than the whole at once, and so less time.
     """
     from _frozen_importlib_external import MAGIC_NUMBER
     from _imp import source_hash
     from marshal import loads
 
-    mark = MAGIC_NUMBER + b"\1\0\0\0"  # of a .pyc that is not compared with its source (PEP 552)
+    mark = MAGIC_NUMBER + b"\1\0\0\0"  # begins a .pyc that is not compared with its source (PEP 552)
     file.seek(0)
     data = file.read(-1 if below else 1 << 18)
-    start = data.find(mark) + 16
-    if below:
-        start = data.find(mark, start) + 16
-    code = memoryview(data)[start : start + int.from_bytes(data[start - 8 : start - 4], "little")]
-    if start > 15 and source_hash(0, code)[:4] == data[start - 4 : start]:
+    at = data.find(mark, data.find(mark) + 1 if below else 0)
+    size = int.from_bytes(data[at + 8 : at + 12], "little")
+    code = memoryview(data)[at + 16 : at + 16 + size]
+    if at >= 0 and source_hash(0, code)[:4] == data[at + 12 : at + 16]:
         return [loads(code)]
     try:
-        parts, line, future = [], 0, b"from __future__ import annotations"
-        for part in halves(source_in(data + file.read()))[below].split(b"\n\n\n# --"):
-            text = future + b"\n" * line + b"#" + part if line or below else part
-            parts.append(compile(text, sys.argv[0], "exec"))
-            line += part.count(b"\n") + 3
+        parts, start, lines = [], b"", 0
+        for section in halves(source_in(data + file.read()))[below].split(b"\n\n\n# --"):
+            parts.append(compile(start + section, sys.argv[0], "exec"))
+            lines += section.count(b"\n") + 3
+            start = FUTURE + b"\n" * lines + b"#"
         return parts
     except (SyntaxError, ValueError):
         sys.exit("error: " + sys.argv[0] + " is damaged: copy or install it again")
 
 
 def exit_on_signals():  # type: () -> None
-    """Have signals end process 1, which the system spares their usual effect. In a container any call may be it."""
+    """Have signals end this process, which is process 1: there they have no effect without a handler."""
     import _signal as signal  # type: ignore[import-not-found]
 
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(each) != signal.SIG_IGN:
-            signal.signal(each, lambda got, frame: posix._exit(128 + got))  # an exception may be lost in a callback
+            signal.signal(each, lambda got, frame: posix._exit(128 + got))  # a callback may drop an exception
 
 
 def launch():  # type: () -> None
-    """Run the code above the cut; at the cut it goes on by itself."""
+    """Run the code above the cut, whose last lines go on with what is below it."""
     if sys.version_info < (3, 8):  # noqa: UP036
         sys.exit("error: coder_sync needs Python 3.8 or later, and this is " + sys.version.split()[0])
     if posix.getpid() == 1:
         exit_on_signals()
-    gc.disable()  # all that comes now stays
+    gc.disable()  # until all is loaded, since that stays
     del sys.argv[: sys.argv[0] == "-c"]
-    globals().update(__name__="coder_sync", __file__=sys.argv[0])
+    globals()["__file__"] = sys.argv[0]
     try:
-        for part in half_of(SELF, False):  # which the first lines have opened
-            exec(part, globals())
+        for code in code_in(SELF, False):  # the file that the first lines have opened
+            exec(code, globals())
     except KeyboardInterrupt:
         posix._exit(130)
 
 
 #:
-(NEEDED := "Python 3.8 or later")  # SyntaxError on an older one shows this text
+(NEEDED := "Python 3.8 or later")  # older versions show this line in a SyntaxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -191,19 +192,19 @@ __all__ = [
     "UsageError",
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
-SELF: Any = globals().get("SELF")  # our file, open while only what is above the cut has run
+SELF: Any = globals().get("SELF")  # this file, open while `launch` has loaded only what is above the cut
 FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
-START_TIMEOUT = 300.0  # seconds; the same default as the system whose scripts we run
+START_TIMEOUT = 300.0  # seconds; the default of `coder exp sync`
 CONNECT_TIMEOUT = 3.0
-REPLY_TIMEOUT = 30.0  # for answers that do not wait on other units
-STOPPED_TIMEOUT = 2.0  # for those that `run` and `boot` wait for once a signal has come
+REPLY_TIMEOUT = 30.0  # for an answer that waits for no unit
+STOPPED_TIMEOUT = 2.0  # for an answer to `run` or `boot` after a signal
 REPORT_EVERY = 30.0
-GRACE = 8.0  # seconds that a command has to end; docker kills after ten
-STOP_PATIENCE = 2.0  # seconds after its deadline for which a stop waits for what was told to end
+GRACE = 8.0  # seconds from TERM to KILL; docker kills a container after ten
+STOP_PATIENCE = 2.0  # seconds after KILL for which a stop waits for the end of commands
 NEVER = float("inf")  # a time
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # there may be some when others have ended
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # errors that pass when other processes end
 LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 
 # ----------------------------------------------------------------------------------------------------------
@@ -211,11 +212,11 @@ LONGEST_POLL = 2e6  # seconds: the system counts milliseconds in an int
 # client raises the same class again and exits with `exit_code`. Codes are those of JSON-RPC 2.0, section 5.1.
 # ----------------------------------------------------------------------------------------------------------
 
-ERRORS: dict[int, type[SyncError]] = {}  # those that cross the wire, by their code
+ERRORS: dict[int, type[SyncError]] = {}  # code -> class, of the errors that an agent sends
 
 
 class SyncError(Exception):
-    """The base of all our errors; `exit_code` is the command line's, `code` is JSON-RPC's."""
+    """The base class of all errors. `exit_code` is for the command line, `code` for JSON-RPC."""
 
     exit_code = 1
     code = -32000
@@ -231,11 +232,11 @@ class SyncError(Exception):
 
 
 class Refused(SyncError, code=-32000):
-    """The rules say no: a bad name, another outcome than the one on record, a limit."""
+    """The rules do not allow it: a bad name, a second outcome of a unit, a limit."""
 
 
 class CycleError(Refused, code=-32001):
-    """`data` is the cycle, its first name repeated last."""
+    """Dependencies would form a cycle: `data` is the list of its names, with the first repeated at the end."""
 
 
 class AlreadyStarted(Refused, code=-32002):
@@ -249,7 +250,7 @@ class NotRegistered(Refused, code=-32003):
 
 
 class DependencyFailed(SyncError, code=-32004, exit_code=4):
-    """A required dependency failed or was skipped, so waiting is over: `unit` names it, and `reason` says why."""
+    """A required dependency failed or was skipped: `unit` is its name, `reason` says why."""
 
     def __init__(self, message: str, data: Any = None) -> None:
         super().__init__(message, data)
@@ -258,15 +259,15 @@ class DependencyFailed(SyncError, code=-32004, exit_code=4):
 
 
 class Unreachable(SyncError, code=-32005, exit_code=3):
-    """No agent could be reached, it went away, or what answers is not one."""
+    """No agent could be reached, it went away, or another program answers."""
 
 
 class Foreign(Unreachable):
-    """What serves at the default path belongs to another user, who is not root."""
+    """The agent at the default path belongs to another user, who is not root."""
 
 
 class TimedOut(SyncError, code=-32006, exit_code=124):
-    """The time that the caller gave is up; `data` is a list of `Dependency`: what was missing."""
+    """The timeout is over; `data` is the list of missing dependencies."""
 
     def __str__(self) -> str:
         missing = []
@@ -277,7 +278,7 @@ class TimedOut(SyncError, code=-32006, exit_code=124):
 
 
 class InvalidRequest(SyncError, code=-32600):
-    """Not a JSON-RPC 2.0 request, or not one of ours."""
+    """Not a valid request of JSON-RPC 2.0."""
 
 
 class MethodNotFound(InvalidRequest, code=-32601):
@@ -289,11 +290,11 @@ class InvalidParams(InvalidRequest, code=-32602):
 
 
 class ParseError(InvalidRequest, code=-32700):
-    """Not JSON, too long or too deep: the rest of the stream cannot be trusted."""
+    """Not JSON, too long or nested too deeply: the rest of the stream cannot be trusted."""
 
 
 class UsageError(SyncError, exit_code=2):
-    """The command line, an environment variable or an argument of the API is wrong."""
+    """An error in the command line, an environment variable or an argument of the API."""
 
 
 class CommandError(SyncError):
@@ -305,18 +306,18 @@ class CommandError(SyncError):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Names and records. The words of the rules, what may be a name, and what is known of a unit, as it crosses the wire.
+# Names and records. The words of the rules, which names are valid, and the data about a unit that an agent sends.
 # ----------------------------------------------------------------------------------------------------------
 
-NOT_REGISTERED = "not registered"  # only ever wanted by others
+NOT_REGISTERED = "not registered"  # only named as a dependency
 PENDING = "pending"  # registered, not started
 STARTED = "started"
 COMPLETED = "completed"
 FAILED = "failed"
-SKIPPED = "skipped"  # will not start: something it requires failed, or was skipped itself
+SKIPPED = "skipped"  # will not start: a unit that it requires failed or was skipped
 ENDED = (COMPLETED, FAILED, SKIPPED)
-STOPPED = "stopped"  # how the process of a service ended, else its exit status: by `stop`
-LOST = "lost"  # with its supervisor; it may still run
+STOPPED = "stopped"  # how a service ended, if not with an exit status: by `stop`
+LOST = "lost"  # likewise: its supervisor is gone, and it may still run
 
 SUCCESS: Requirement = "success"
 COMPLETION: Requirement = "completion"
@@ -327,17 +328,16 @@ MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
 
 
-RECORDS: dict[str, type[Record]] = {}  # by their names
+RECORDS: dict[str, type[Record]] = {}  # name -> class
 
 
 class Record(Fields):
-    """A base for classes that hold data: each annotated attribute is a field, and its value in the class the default.
+    """A base class for data: each annotated attribute is a field, and its value in the class is the default.
 
-    Gives them what dataclasses.dataclass does, whose import costs more than a whole client call: an __init__ with
-    positional and keyword arguments, a repr, and equality.
+    Provides __init__, __repr__ and __eq__, as dataclasses.dataclass does, whose import costs more than a whole call.
     """
 
-    _fields: ClassVar[dict[str, Any]]  # in their order, each with its default, or ... if it has none
+    _fields: ClassVar[dict[str, Any]]  # name -> default, or ... if there is none
 
     def __init_subclass__(cls) -> None:
         cls._fields = {name: vars(cls).get(name, ...) for name in cls.__annotations__}
@@ -359,10 +359,7 @@ class Record(Fields):
 
 
 class Owner(Record):
-    """Who started a unit: a process id, its command line, and whether it still runs (None: unknown).
-
-    `born` tells the process from a later one with the same pid; not sent to clients.
-    """
+    """The process that started a unit. `born` tells it from a later one with the same pid, and is not sent."""
 
     pid: int  # process id
     command: str  # its command line, shortened to 60 characters
@@ -371,7 +368,7 @@ class Owner(Record):
 
 
 class Dependency(Record):
-    """One dependency of a unit as it stands now. `age` is seconds in the current status."""
+    """A dependency of a unit, and its state."""
 
     depends_on: str  # name of the dependency
     required_status: str  # what it must be: started, completed or ended
@@ -386,7 +383,7 @@ class Dependency(Record):
 
 
 class Waiting(Record):
-    """The notification `waiting`: what a start or a wait lacks, and for how many seconds it has waited."""
+    """The notification `waiting` of a start or a wait: the missing dependencies, and the seconds waited."""
 
     missing: list[Dependency]
     waited: float
@@ -400,29 +397,29 @@ class Running(Record):
 
 
 class Answer(Record):
-    """What the agent says of units: the answer to most requests, and the news of a boot's units."""
+    """The result of most requests, and the parameters of the notifications `unit` and `stop`."""
 
     unit: str = ""
     status: str = ""
     reason: str = ""
     dependencies: list[str] = []
     units: list[str] = []
-    env: dict[str, str] = {}  # what its dependencies have left for it
+    env: dict[str, str] = {}  # variables that its dependencies have left for it
     stopped: list[str] = []  # in the order in which they ended
-    left: list[Running] = []
-    cannot: list[Running] = []  # be stopped: a script called `start` itself
-    grace: float = 0.0  # seconds that a command which is to be stopped has
+    left: list[Running] = []  # still running
+    cannot: list[Running] = []  # cannot be stopped: a script called `start` itself
+    grace: float = 0.0  # seconds from TERM to KILL
 
 
 def owner_text(owner: Owner | None, by: str = "", gone: str = ", which is no longer running") -> str:
-    """Return a process for a message, after `by`: `bash setup.sh (pid 4242)`; nothing for None."""
+    """Return the text for a process in a message, `bash setup.sh (pid 4242)`, after `by`; an empty text for None."""
     if owner is None:
         return ""
     return f"{by}{owner.command or 'process'} (pid {owner.pid})" + (gone if owner.alive is False else "")
 
 
 def check_name(name: object, what: str = "unit") -> str:
-    """Return `name` if it may name a unit (or a lock), else raise Refused, or InvalidParams for what is no text."""
+    """Return `name` if it is a valid name of a unit or a lock. Raises Refused, or InvalidParams if it is not a str."""
     if not isinstance(name, str):
         raise InvalidParams(f"a {what} name must be a string, not {type(name).__name__}")
     if not name:
@@ -435,12 +432,12 @@ def check_name(name: object, what: str = "unit") -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text in which whatever cannot be printed is written as an escape."""
+    """Return a text with escapes for the characters that cannot be printed."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
-    """Return free text as one printable, bounded line."""
+    """Return a text as one printable line of at most MAX_REASON characters."""
     flat = "".join(c if c.isprintable() else " " for c in text[: 4 * MAX_REASON])
     flat = " ".join(flat.split())
     return flat if len(flat) <= MAX_REASON else flat[: MAX_REASON - 3] + "..."
@@ -449,17 +446,17 @@ def one_line(text: str) -> str:
 # ----------------------------------------------------------------------------------------------------------
 # Protocol. One JSON-RPC 2.0 object a line, UTF-8, over a Unix stream socket; requests at most 64 KiB. Answers
 # may come out of order. Notifications: `waiting`, at once and then every 30 s, for `start` and `wait` with
-# `"progress": true`; `unit` for each status of a unit of a `boot`; `stop` to who is to end a unit's command;
+# `"progress": true`; `unit` for each status of a unit of a `boot`; `stop` to a supervisor that must end a command;
 # `event` for `events` with `"follow": true`.
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_LINE = 65536  # bytes, of a request
-MAX_REPLY = 256 << 20  # bytes; what a client takes from an agent
+MAX_REPLY = 256 << 20  # bytes, of an answer
 MAX_DEPTH = 32  # of JSON brackets: deeper input overflows the C stack of a small thread, which is not an exception
 
 
 class _Scanner:
-    """What json.decoder.JSONDecoder would tell the C scanner."""
+    """The settings that json.decoder.JSONDecoder gives to the C scanner."""
 
     strict, object_hook, object_pairs_hook, array_hook = True, None, None, None
     parse_float, parse_int = float, int
@@ -501,7 +498,7 @@ def encode(message: dict[str, Any]) -> bytes:
 
 
 def decode(line: bytes) -> Any:
-    """Return the value on a line. Raises ParseError for what is not UTF-8, not JSON, or nested too deeply."""
+    """Return the value of a line. Raises ParseError if it is not UTF-8, not JSON, or nested too deeply."""
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
         raise ParseError(f"JSON nested deeper than {MAX_DEPTH} levels")
     try:
@@ -511,7 +508,7 @@ def decode(line: bytes) -> Any:
 
 
 def _depth(line: bytes) -> int:
-    """Return how deep the brackets of a line nest, without those inside strings."""
+    """Return how deeply the brackets of a line are nested, without those inside strings."""
     others = bytes(b for b in range(256) if b not in b"[]{}")
     outside = line.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
     depth = deepest = 0
@@ -521,11 +518,11 @@ def _depth(line: bytes) -> int:
     return deepest
 
 
-NOT_SENT = ("born",)  # fields that stay with the agent
+NOT_SENT = ("born",)  # fields that only the agent has
 
 
 def error_message(request: Any, error: SyncError) -> dict[str, Any]:
-    """Return an error as the answer to a request."""
+    """Return the answer to a request that has failed."""
     body = {"code": error.code, "message": str(error.args[0])}
     if error.data is not None:
         body["data"] = plain(error.data)
@@ -553,7 +550,7 @@ def record(kind: type[R], data: Any) -> R:
 
 
 def typed(value: Any, annotation: str) -> Any:
-    """Return a value from JSON, made printable, if it is what an annotation says. Raises TypeError."""
+    """Return a value from JSON, made printable, if it has the type of the annotation. Raises TypeError."""
     kind, optional, _ = annotation.partition(" | None")
     name, _, inner = kind.rstrip("]").partition("[")
     if optional and value is None:
@@ -574,7 +571,7 @@ def typed(value: Any, annotation: str) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Terminal. Environment variables, standard output and error, and what messages are made of.
+# Terminal. Environment variables, standard output and error, and parts of messages.
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = FILE.rpartition("/")[2]
@@ -593,7 +590,7 @@ def put(text: str, fd: int = 1) -> bool:
         while data:
             try:
                 data = data[posix.write(fd, data) :]
-            except BlockingIOError:  # another process that shares it has set O_NONBLOCK
+            except BlockingIOError:  # another process has set O_NONBLOCK on the same terminal or pipe
                 time.sleep(0.01)
     except BrokenPipeError:
         posix.dup2(null(), fd)
@@ -605,7 +602,7 @@ def put(text: str, fd: int = 1) -> bool:
 
 
 def say(text: str, fd: int = 1, quiet: bool = False) -> None:
-    """Print a line about what was done; it is no error if that cannot be written."""
+    """Print a line about what was done. That it cannot be written is no error."""
     if not quiet:
         try:
             put(text + "\n", fd)
@@ -614,7 +611,7 @@ def say(text: str, fd: int = 1, quiet: bool = False) -> None:
 
 
 def null() -> int:
-    """Return a descriptor of /dev/null, or of something like it if there is none."""
+    """Return a file descriptor for /dev/null, or for a closed connection if there is none."""
     try:
         return posix.open("/dev/null", posix.O_RDWR)
     except OSError:
@@ -626,7 +623,7 @@ def null() -> int:
 
 
 def getenv(name: str) -> str:
-    """Return an environment variable, empty if unset; honours changes made through os.environ."""
+    """Return an environment variable, or an empty text; honours changes made through os.environ."""
     if "os" in sys.modules:
         return str(sys.modules["os"].environ.get(name, ""))
     return posix.environ.get(name.encode(), b"").decode(sys.getfilesystemencoding(), "surrogateescape")
@@ -643,7 +640,7 @@ def span(seconds: float) -> str:
 
 
 def some_names(names: Sequence[str]) -> str:
-    """Return names for a message, 20 at most."""
+    """Return a list of names for a message, at most 20 of them."""
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
@@ -658,23 +655,23 @@ def user_name(uid: int) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Connection. What asks an agent. Every call has a connection of its own, so a Client may be used from several threads;
-# `unit` keeps one open while its block runs. Nothing is polled: the agent answers when a unit may start or the time is
-# up, and one that is silent for too long is taken for gone. Times are in seconds.
+# Connection. The client's side of a connection to the agent. Every call has its own connection, so a Client may be used
+# from several threads; `unit` keeps one open while its block runs. Nothing is polled: the agent answers when a unit may
+# start, or when the time is up. An agent that is silent for too long is taken for gone. Times are in seconds.
 # ----------------------------------------------------------------------------------------------------------
 
-LATE = 1.0  # seconds after a time-out within which the agent has to say so
+LATE = 1.0  # seconds after a time-out for which a client still waits for the agent's answer
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # what a starting agent may answer
-UNSHARED = 0.2  # seconds that a starting agent takes at most from making its socket to sharing it
+RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # errors while an agent starts
+UNSHARED = 0.2  # seconds, at most, between an agent's making its socket and its sharing it with other users
 NAMED_AFTER = 5.0  # seconds of silence before a warning; after REPLY_TIMEOUT the agent is taken for gone
-COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # these wait for an agent that is starting
+COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # methods that wait for an agent to start
 
 
 def duration(text: str) -> float:
-    """Return seconds from a duration as Go's time.ParseDuration has it (1h30m, 500ms) or bare seconds.
+    """Return the seconds in a duration, written as for Go's time.ParseDuration (1h30m, 500ms) or as a bare number.
 
-    0 means no limit wherever a timeout is asked for. Raises UsageError.
+    Wherever a timeout is expected, 0 means no limit. Raises UsageError.
     """
     digits, total = "0123456789.", 0.0
     rest = text if text.strip(digits) else text + "s"
@@ -693,7 +690,7 @@ def duration(text: str) -> float:
 
 
 class Started(Record):
-    """What `start` returns: the dependencies of the unit, and how many seconds it waited for them."""
+    """The result of `start`: the dependencies of the unit, and how many seconds it waited for them."""
 
     unit: str
     dependencies: list[str]
@@ -701,27 +698,27 @@ class Started(Record):
 
 
 class Channel:
-    """One connection to an agent: requests out, messages in."""
+    """A connection to an agent: sends requests, receives messages."""
 
     def __init__(self, path: str, connect_timeout: float = 0.0, sock: Any = None) -> None:
-        """Connect, trying for `connect_timeout` seconds, unless `sock` is connected already. Raises Unreachable."""
+        """Use the connected socket `sock`, or connect, trying for `connect_timeout` seconds. Raises Unreachable."""
         self.path = path
-        self._next = 0
-        self._buffer = bytearray()
-        self._lines: list[bytearray] = []  # that nobody has received
+        self._last_id = 0
+        self._buffer = bytearray()  # the beginning of a line
+        self._lines: list[bytearray] = []  # complete lines, not yet returned by `receive`
         self.sock: Any = sock or connected(path, connect_timeout)
-        self.pid, self.uid = who_is_at(self.sock)
+        self.pid, self.uid = peer_credentials(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
-        self._withheld = False  # whether it was said that variables were not taken
-        if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # anybody may have been there first
+        self._warned = False  # by `as_answer`
+        if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
             self.close()
             who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
             raise Foreign(f"{who}; choose another --socket-path")
 
     def request(self, method: str, **params: Any) -> int:
         """Send a request and return its id."""
-        self._next += 1
-        data = encode({"id": self._next, "method": method, "params": params})
+        self._last_id += 1
+        data = encode({"id": self._last_id, "method": method, "params": params})
         if len(data) > MAX_LINE:
             raise Refused(f"{method}: too much for one request ({len(data)} bytes of {MAX_LINE}); use several calls")
         deadline = time.monotonic() + REPLY_TIMEOUT
@@ -729,19 +726,20 @@ class Channel:
             try:
                 self.sock.settimeout(0)
                 data = data[self.sock.send(data) :]
-            except BlockingIOError:  # it may be busy answering: take what it says, so that both can go on
+            except BlockingIOError:  # if the agent is blocked too, while it sends, it can go on when we read
                 if time.monotonic() > deadline:
-                    raise Unreachable(self._silence(REPLY_TIMEOUT)) from None
+                    raise Unreachable(self.silence(REPLY_TIMEOUT)) from None
                 self._read(0.01)
-            except OSError:  # the next read says so, but it may have said why before it hung up
+            except OSError:  # the next `receive` raises Unreachable, after what the agent sent before it closed
                 break
-        return self._next
+        return self._last_id
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
         """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
         while not self._lines:
-            if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
+            self._read(deadline - time.monotonic())
+            if not self._lines and time.monotonic() >= deadline:
                 return None
         line = bytes(self._lines.pop(0))
         try:
@@ -752,33 +750,30 @@ class Channel:
             raise Unreachable(f"what answers at {self.path} does not speak our protocol: {line[:40]!a}")
         return message
 
-    def hear(self, quiet: float = 0.0, end: float = NEVER) -> dict[str, Any] | None:
-        """Return the next message, or None if the time `end` comes first.
+    def expect(self, quiet: float = 0.0, deadline: float = NEVER) -> dict[str, Any] | None:
+        """Return the next message, or None at `deadline`.
 
-        The agent may be silent for `quiet` seconds. NAMED_AFTER later it is named in a warning, and REPLY_TIMEOUT later
-        it is taken for gone: raises Unreachable.
+        The agent may be silent for `quiet` seconds. It is named in a warning NAMED_AFTER seconds later, and taken for
+        gone REPLY_TIMEOUT seconds later: raises Unreachable.
         """
-        since = time.monotonic() + quiet
-        for silent in (NAMED_AFTER, REPLY_TIMEOUT):
-            message = self.receive(min(end, since + silent) - time.monotonic())
-            if message or time.monotonic() >= end:
+        due = time.monotonic() + quiet
+        for late in (NAMED_AFTER, REPLY_TIMEOUT):
+            message = self.receive(min(deadline, due + late) - time.monotonic())
+            if message or time.monotonic() >= deadline:
                 return message
-            if silent == NAMED_AFTER:
-                say(f"warning: {self._silence(silent)}", 2)
-        raise Unreachable(self._silence(REPLY_TIMEOUT))
+            if late == NAMED_AFTER:
+                say(f"warning: {self.silence(late)}", 2)
+        raise Unreachable(self.silence(REPLY_TIMEOUT))
 
-    def _read(self, timeout: float) -> bool:
-        """Read what has come; return False if nothing comes within `timeout` seconds. Raises Unreachable."""
-        from _socket import timeout as socket_timeout
-
+    def _read(self, timeout: float) -> None:
+        """Read what the agent has sent; wait for it `timeout` seconds at most. Raises Unreachable."""
         longest = 1.0 if posix.getpid() == 1 else LONGEST_POLL  # process 1 handles its signals between two waits
-        timeout = min(max(timeout, 0.0), longest)
-        self.sock.settimeout(timeout)
+        self.sock.settimeout(min(max(timeout, 0.0), longest))
         try:
             chunk = self.sock.recv(65536)
-        except (BlockingIOError, socket_timeout):
-            return False
-        except OSError:
+        except OSError as error:
+            if error.errno in (None, errno.EAGAIN):  # None: after a wait
+                return
             chunk = b""
         if not chunk:
             raise Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
@@ -788,42 +783,41 @@ class Channel:
             self._lines += lines
         elif len(self._buffer) > MAX_REPLY:
             raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
-        return True
 
     def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
-        """Return the result of a request. Raises what the agent answered.
+        """Return the result of a request, or raise the error in its answer.
 
-        Raises Unreachable if there is none `timeout` seconds after the `quiet` seconds that the agent may take.
+        Raises Unreachable if there is no answer within `quiet` + `timeout` seconds.
         """
-        end = time.monotonic() + quiet + timeout
-        while message := self.hear(quiet, end):
+        deadline = time.monotonic() + quiet + timeout
+        while message := self.expect(quiet, deadline):
             if is_answer(message, request):
                 return unwrap(message)
-        raise Unreachable(self._silence(timeout))
+        raise Unreachable(self.silence(timeout))
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
         return self.answer(self.request(method, **params))
 
-    def news(self, data: Any) -> Answer:
-        """Return what the agent says of a unit. Raises Unreachable.
+    def as_answer(self, data: Any) -> Answer:
+        """Return what the agent sent about a unit as a record. Raises Unreachable.
 
-        Environment variables are code, so root takes none from an agent of another user, and says so once.
+        Environment variables are code: root takes none from the agent of another user, and prints one warning.
         """
         answer = record(Answer, data)
         if answer.env and self._foreign and posix.geteuid() == 0:
-            if not self._withheld:
+            if not self._warned:
                 whose = f"the agent at {self.path}, which belongs to {user_name(self.uid)}"
                 say(f"warning: root takes no environment variables from {whose}", 2)
-            self._withheld, answer.env = True, {}
+            self._warned, answer.env = True, {}
         return answer
 
     def fileno(self) -> int:
-        """Return the descriptor to poll."""
+        """Return the file descriptor, to poll it."""
         return int(self.sock.fileno())
 
     def close(self) -> None:
-        """Hang up, which ends the claims of the connection."""
+        """Close the connection, which ends its claims on units."""
         self.sock.close()
 
     def __enter__(self) -> Channel:
@@ -834,15 +828,16 @@ class Channel:
 
     @property
     def agent(self) -> str:
-        """The agent, for a message."""
+        """The agent, as messages name it."""
         return f"the agent at {self.path}" + (f" (pid {self.pid})" if self.pid else "")
 
-    def _silence(self, seconds: float) -> str:
+    def silence(self, seconds: float) -> str:
+        """Return the message about an agent that has been silent for so many seconds."""
         return f"{self.agent} has not answered for {seconds:.0f} s; is it stopped?"
 
 
 def connected(path: str, connect_timeout: float) -> Any:
-    """Return a socket connected to the agent at a path; try for `connect_timeout` seconds. Raises Unreachable."""
+    """Return a socket connected to the agent at `path`; try for `connect_timeout` seconds. Raises Unreachable."""
     from _socket import AF_UNIX, SOCK_STREAM, socket  # the package module imports enum and selectors
 
     began, pause = time.monotonic(), 0.005
@@ -854,17 +849,17 @@ def connected(path: str, connect_timeout: float) -> Any:
             return sock
         except OSError as error:
             sock.close()
-            patience = min(connect_timeout, UNSHARED) if error.errno == errno.EACCES else connect_timeout
-            if error.errno not in RETRIED or not time.monotonic() < began + patience:
+            limit = min(connect_timeout, UNSHARED) if error.errno == errno.EACCES else connect_timeout
+            if error.errno not in RETRIED or time.monotonic() >= began + limit:
                 raise Unreachable(explain(path, error)) from None
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
 
 
-def who_is_at(sock: Any) -> tuple[int, int]:
-    """Return the pid and the uid at the other end of a connection, or 0 and -1 if the system does not tell.
+def peer_credentials(sock: Any) -> tuple[int, int]:
+    """Return pid and uid of the process at the other end of a connection, or 0 and -1 if they are unknown.
 
-    For a client these are the process and user that called listen(2).
+    A client gets those of the process that called listen(2).
     """
     import _socket
 
@@ -878,8 +873,8 @@ def who_is_at(sock: Any) -> tuple[int, int]:
     return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
 
 
-def our_caller() -> dict[str, int]:
-    """Return the parameter that names our parent process, where the agent has no /proc to find it in."""
+def parent_param() -> dict[str, int]:
+    """Return the parameter for the pid of our parent, which an agent needs where there is no /proc."""
     return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
 
@@ -902,18 +897,16 @@ def unwrap(message: dict[str, Any]) -> Any:
 
 def records(kind: type[R], rows: Any) -> list[R]:
     """Return a list of records from JSON. Raises Unreachable."""
-    if not isinstance(rows, list):
-        raise Unreachable(f"the answer has no list of {kind.__name__}; are agent and client of one version?")
-    return [record(kind, row) for row in rows]
+    return [record(kind, row) for row in (rows if isinstance(rows, list) else [rows])]
 
 
 def agent_path(given: str) -> str:
-    """Return where the agent listens: as given, else as the environment says, else the default path."""
+    """Return the path of the agent's socket: `given`, else the one in the environment, else the default."""
     return given or getenv("CODER_AGENT_SOCKET_PATH") or DEFAULT_SOCKET
 
 
 def explain(path: str, error: OSError) -> str:
-    """Return why an agent could not be reached, and what to do, in one line."""
+    """Return a line that says why an agent cannot be reached, and what to do."""
     import stat
 
     start = f"start one with `{PROGRAM} serve --detach{'' if path == DEFAULT_SOCKET else f' --socket-path {path}'}`"
@@ -939,19 +932,19 @@ def explain(path: str, error: OSError) -> str:
 
 
 def name_list(names: Iterable[str]) -> list[str]:
-    """Return names as a list. Raises TypeError for a str, which would be taken for a list of letters."""
+    """Return names as a list. Raises TypeError for a str, whose letters would be taken for names."""
     if isinstance(names, str):
         raise TypeError(f"a list of names is needed, not {names!r}")
     return list(names)
 
 
-class Caller:
-    """The part of Client that scripts call most."""
+class BaseClient:
+    """The part of Client above the cut: the calls that scripts make most."""
 
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Each call connects, trying for `connect_timeout` seconds if an agent may still be starting. The default is
+        Each call opens a connection, and tries to for `connect_timeout` seconds. The default is
         $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for calls that coordinate, and one try for questions.
         """
         self.socket_path = agent_path(socket_path)
@@ -962,21 +955,20 @@ class Caller:
             raise UsageError(f"CODER_SYNC_CONNECT_TIMEOUT: {error}") from None
 
     def _channel(self, method: str) -> Channel:
-        patience = CONNECT_TIMEOUT if method in COORDINATING else 0.0
-        return Channel(self.socket_path, patience if self.connect_timeout is None else self.connect_timeout)
+        default = CONNECT_TIMEOUT if method in COORDINATING else 0.0
+        return Channel(self.socket_path, default if self.connect_timeout is None else self.connect_timeout)
 
     def _call(self, method: str, **params: Any) -> Any:
         with self._channel(method) as channel:
             return channel.call(method, **params)
 
     def want(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> list[str]:
-        """Make `unit` depend on `dependencies`, all or none; return all it depends on now. Raises CycleError."""
+        """Make `unit` depend on `dependencies`, all or none; return all its dependencies. Raises CycleError."""
         return list(self.declare(unit, *dependencies, requires=requires)["dependencies"])
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
-        """As `want`, but return the `dependencies` and the `status` of the unit."""
-        answer = record(Answer, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires))
-        return {"unit": answer.unit, "dependencies": answer.dependencies, "status": answer.status}
+        """Do the same as `want`, but return `dependencies` and `status` of the unit."""
+        return vars(record(Answer, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires)))
 
     def start(
         self,
@@ -990,77 +982,69 @@ class Caller:
     ) -> Started:
         """Wait until `unit` may run, and mark it started, in one step. `timeout` is in seconds; 0 is no limit.
 
-        `want` adds dependencies first. If the process `pid` ends before the unit has, the unit fails. Only one of the
-        units with the same lock is started at a time. `on_wait` is called with what is missing and the seconds
+        `want` adds dependencies first. If the process `pid` ends before the unit does, the unit fails. Only one of the
+        units with the same lock is started at a time. `on_wait` is called with the missing dependencies and the seconds
         waited, when the wait begins and every 30 seconds. Raises AlreadyStarted, CycleError, DependencyFailed,
         TimedOut.
         """
         params: dict[str, Any] = {"dependencies": want, "requires": requires, "locks": locks, "pid": pid}
-        with Start(self, unit, timeout, on_wait, **params) as start:
-            start.confirm()
-        return start.result
+        return Start(self, unit, timeout, on_wait, **params).confirm()
 
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call("fail", unit=unit, exit_code=exit_code, **our_caller())
+            self._call("fail", unit=unit, exit_code=exit_code, **parent_param())
         else:
-            self._call("complete", unit=unit, **our_caller())
+            self._call("complete", unit=unit, **parent_param())
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call("fail", unit=unit, reason=one_line(reason), **our_caller())
+        self._call("fail", unit=unit, reason=one_line(reason), **parent_param())
 
 
 class Start:
-    """A start and its connection, which holds the unit if `hold`."""
+    """A unit that has been started over a connection. With `hold` it fails if the connection closes before it ends."""
 
     def __init__(
-        self, client: Caller, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
+        self, client: BaseClient, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
     ) -> None:
-        """`params` are further parameters of the agent's method `start`."""
+        """Wait until the agent has started the unit. `params` are further parameters of its method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
-        self.client, self.unit, self.timeout, self.on_wait = client, check_name(unit), timeout, on_wait
-        self.params = {**params, **our_caller(), "unit": unit, "hold": hold, "confirm": not hold}
-        self.result = Started(unit, [], 0.0)
-        self.environment: dict[str, str] = {}  # what the unit's dependencies have left for it
-
-    def __enter__(self) -> Start:
+        params.update(unit=check_name(unit), hold=hold, confirm=not hold, **parent_param())
         began = time.monotonic()
-        self.channel = self.client._channel("start")
+        self.channel = client._channel("start")
         try:
-            result = wait_for(self.channel, f"unit {self.unit}", self.timeout, self.on_wait, "start", **self.params)
-            answer = self.channel.news(result)
-            self.environment = answer.env
+            result = wait_for(self.channel, f"dependencies of unit {unit}", timeout, on_wait, "start", **params)
+            answer = self.channel.as_answer(result)
         except BaseException:
             self.channel.close()
             raise
-        self.result = Started(self.unit, answer.dependencies, time.monotonic() - began)
-        return self
+        self.result = Started(unit, answer.dependencies, time.monotonic() - began)
+        self.environment = answer.env  # the variables that the unit's dependencies have left for it
 
-    def confirm(self) -> None:
-        """Tell the agent that its answer has arrived; else it gives the unit to the next in line."""
-        self.channel.request("confirm", id=1)
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self.channel.close()
+    def confirm(self) -> Started:
+        """Tell the agent that its answer has arrived: otherwise the next claim on the unit is granted."""
+        with self.channel:
+            self.channel.request("confirm", id=1)
+        return self.result
 
 
 def wait_for(
     channel: Channel, what: str, timeout: float, on_wait: Callable[..., None] | None, method: str, **params: Any
 ) -> Any:
-    """Send a request that may wait, and return its result; call `on_wait` with what is missing now and then.
+    """Send a request whose answer may take `timeout` seconds, or any time if that is 0; return the result.
 
-    The agent keeps the time: it answers, or says that the time is up and what was missing, never both. Our own limit
-    is only for an agent that does not answer. Raises TimedOut, ValueError, and what the agent answers.
+    `on_wait` is called with the missing dependencies whenever the agent sends them. The agent answers when the time is
+    up; our own deadline, a little later, is for an agent that does not. Raises TimedOut, ValueError, and the error in
+    the answer.
     """
     if not 0 <= timeout < 1e9:
         raise ValueError(f"a timeout is at least 0 (no limit) and less than 1e9 seconds, not {timeout}")
-    end = time.monotonic() + timeout + LATE if timeout else NEVER
+    deadline = time.monotonic() + timeout + LATE if timeout else NEVER
     request = channel.request(method, timeout=timeout, progress=True, **params)
     missing: list[Dependency] = []
-    quiet = 0.0  # that the wait has begun is said at once
-    while message := channel.hear(quiet, end):
+    quiet = 0.0  # before the first notification `waiting`
+    while message := channel.expect(quiet, deadline):
         if is_answer(message, request):
             return unwrap(message)
         if message.get("method") == "waiting":
@@ -1068,19 +1052,18 @@ def wait_for(
             missing, quiet = waiting.missing, REPORT_EVERY
             if on_wait:
                 on_wait(missing, waiting.waited)
-    on = "dependencies of " if method == "start" else ""
-    raise TimedOut(f"timeout waiting for {on}{what}; the agent does not answer", missing)
+    raise TimedOut(f"timeout waiting for {what}; the agent does not answer", missing)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Calls. What reads plain command lines, and the commands that scripts call most: `want`, `start`, `complete`, `fail`. A
-# command is a small function; above it stands what it takes, in argparse's words, for `quick`, for argparse, and for
-# completion. The file is cut below this section: up to here it is all that such a call needs.
+# Calls. The commands that scripts call most, `want`, `start`, `complete` and `fail`, and the parser of plain command
+# lines. A command is a function, with a decorator that declares its arguments in the words of argparse: for `quick`,
+# for argparse and for completion. The file is cut below this section.
 # ----------------------------------------------------------------------------------------------------------
 
 
 def dependency_text(row: Dependency) -> str:
-    """Return where a dependency stands and why: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
+    """Return the state of a dependency in words: `git-clone started 31s ago by bash setup.sh (pid 4242)`."""
     text = f"{row.depends_on} {row.current_status}"
     if row.current_status == NOT_REGISTERED:
         return text + (f', did you mean "{row.did_you_mean}"?' if row.did_you_mean else "")
@@ -1102,39 +1085,39 @@ class Args:
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-def make_caller(args: Args) -> Caller:
-    """Return the client that the common options describe, as far as it is above the cut."""
-    return Caller(args.socket_path, args.connect_timeout)
+def base_client(args: Args) -> BaseClient:
+    """Return a client for the common options, with the calls above the cut."""
+    return BaseClient(args.socket_path, args.connect_timeout)
 
 
 def number(text: str) -> int:
-    """Return the whole number from 0 on that a text is. Raises UsageError."""
+    """Return the number that a text has in decimal digits. Raises UsageError."""
     if text.isdecimal() and len(text) < 10:
         return int(text)
     raise UsageError(f"not a whole number from 0 on: {ascii(text)[:40]}")
 
 
 def signed(text: str) -> int:
-    """Return the whole number that a text is, as an exit status: Python has -N for signal N. Raises UsageError."""
+    """Return the exit status that a text has, -N for signal N, as in Python. Raises UsageError."""
     return -number(text[1:]) if text[:1] == "-" else number(text)
 
 
 class Argument:
     """An option or a positional of a command, declared in the words of argparse's add_argument.
 
-    Unlike there, the default is an empty text, or an empty list for what may be repeated.
+    Unlike there, the default is an empty text, or an empty list if the argument may be repeated.
     """
 
     def __init__(self, *names: str, **words: Any) -> None:
         self.names, self.words = names, words
-        self.dest = names[-1].lstrip("-").replace("-", "_")  # the attribute of Args that has its value
+        self.dest = names[-1].lstrip("-").replace("-", "_")  # the attribute of Args for the value
         self.is_option = names[0][0] == "-"
         self.is_repeated = "nargs" in words or words.get("action") == "append"
         self.takes_value = self.is_repeated or "action" not in words
         self.default = words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
-    def read(self, text: str) -> Any:
-        """Return the value of a text. Raises UsageError, which names the argument."""
+    def convert(self, text: str) -> Any:
+        """Convert a text to a value of the argument. Raises UsageError."""
         choices = self.words.get("choices", [text])
         try:
             if text not in choices:
@@ -1151,11 +1134,10 @@ def flag(*names: str, help: str) -> Argument:
 
 
 class Command:
-    """A decorator that makes a function `cmd_NAME` the command NAME, with its example, options and positionals.
+    """A decorator that makes a function `cmd_NAME` the command NAME, with an example and arguments.
 
-    The last positional may be repeated. `tail` is argparse's `nargs` for the words of a command behind `--`, where
-    these are not positionals. The docstring of the function is the text of the help page; the function returns the
-    exit status, None for 0.
+    Its last positional may be repeated. `tail` is "*" or "+" if the words after `--` are a command to run, which may or
+    must be there. The docstring of the function is its help; it returns the exit status, or None for 0.
     """
 
     parse: ClassVar[Callable[[Sequence[str]], tuple[Command, Args]]]  # with argparse; set below the cut
@@ -1172,15 +1154,15 @@ class Command:
 
     @property
     def options(self) -> dict[str, Argument]:
-        """The options by each of their names."""
+        """The options, by each of their names."""
         return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
-    def take(self, args: Args, names: Sequence[str]) -> None:
-        """Give names to the positionals. Raises UsageError."""
+    def set_positionals(self, args: Args, names: Sequence[str]) -> None:
+        """Set the positionals in `args` to `names`. Raises UsageError."""
         for argument in self.positionals:
             if not names and argument.words.get("nargs") != "*":
                 raise UsageError(f"the following arguments are required: {argument.words['metavar']}")
-            setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
+            setattr(args, argument.dest, names if argument.is_repeated else argument.convert(names[0]))
             names = [] if argument.is_repeated else names[1:]
         if names:
             hint = "; did you forget -- before the command?" if self.tail and not args.command else ""
@@ -1216,20 +1198,20 @@ COMMANDS: dict[str, Command] = {}
 
 
 class Reporter:
-    """Prints what a wait lacks; `waited` tells whether there was one."""
+    """Prints the missing dependencies during a wait; `waited` is whether there has been one."""
 
-    def __init__(self, args: Args, who: str, fd: int = 1) -> None:
-        self.args, self.who, self.fd, self.waited = args, who, fd, False
+    def __init__(self, args: Args, prefix: str, fd: int = 1) -> None:
+        self.args, self.prefix, self.fd, self.waited = args, prefix, fd, False
 
     def __call__(self, missing: list[Dependency], waited: float) -> None:
         how = f"still waiting after {span(waited)}" if self.waited else "waiting"
         self.waited = True
         more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
-        text = f"{self.who}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
+        text = f"{self.prefix}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
         say(text, self.fd, self.args.quiet)
 
     def started(self, started: Started) -> str:
-        """Return in words how a start went."""
+        """Return the line about a start."""
         if self.waited:
             return f"started after {span(started.waited)}"
         if not started.dependencies:
@@ -1237,12 +1219,12 @@ class Reporter:
         return f"started; satisfied already: {some_names(started.dependencies)}"
 
 
-def make_start(args: Args, report: Reporter, **more: Any) -> Start:
-    """Return the start that the options of `start` and `run` describe. Raises UsageError."""
+def start_unit(args: Args, report: Reporter, **more: Any) -> Start:
+    """Start a unit, for the options that `start` and `run` have in common. Raises UsageError."""
     if args.requires != SUCCESS and not args.want:
         raise UsageError("--requires is about the units of --want, and there is none; see `want --requires`")
     params = {"dependencies": args.want, "requires": args.requires, "locks": args.lock, **more}
-    return Start(make_caller(args), args.unit, args.timeout, report, **params)
+    return Start(base_client(args), args.unit, args.timeout, report, **params)
 
 
 @Command(
@@ -1254,7 +1236,7 @@ def make_start(args: Args, report: Reporter, **more: Any) -> Start:
 )
 def cmd_want(args: Args) -> None:
     """Make UNIT depend on DEP..., all or none."""
-    status = make_caller(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
+    status = base_client(args).declare(args.unit, *args.deps, requires=args.requires).get("status")
     late = f"; it has {STARTED} already, so this counts the next time it starts" if status == STARTED else ""
     say(f"{args.unit}: depends on {some_names(list(dict.fromkeys(args.deps)))}{late}", quiet=args.quiet)
 
@@ -1268,9 +1250,9 @@ def cmd_want(args: Args) -> None:
 def cmd_start(args: Args) -> None:
     """Wait until UNIT may run, and mark it started."""
     report = Reporter(args, f"{args.unit}: ")
-    with make_start(args, report, pid=args.pid) as start:
-        say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
-        start.confirm()  # the last step: if we are killed before, the next in line has the unit
+    start = start_unit(args, report, pid=args.pid)
+    say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
+    start.confirm()  # last: if this process is killed before, the next claim on the unit is granted
 
 
 @Command(
@@ -1281,7 +1263,7 @@ def cmd_start(args: Args) -> None:
 )
 def cmd_complete(args: Args) -> None:
     """End UNIT, so that others may go on."""
-    make_caller(args).complete(args.unit, args.exit_code)
+    base_client(args).complete(args.unit, args.exit_code)
     say(f"{args.unit}: {f'failed (exit code {args.exit_code})' if args.exit_code else 'completed'}", quiet=args.quiet)
 
 
@@ -1293,21 +1275,21 @@ def cmd_complete(args: Args) -> None:
 )
 def cmd_fail(args: Args) -> None:
     """End UNIT without success, so that what requires it is skipped."""
-    make_caller(args).fail(args.unit, args.reason)
+    base_client(args).fail(args.unit, args.reason)
     say(f"{args.unit}: failed", quiet=args.quiet)
 
 
 def split_tail(command: Command, words: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """Return our words, and those of the command behind `--`, or None if that is missing."""
+    """Split a command line at `--`. The second part is the command to run, None if it is needed and missing."""
     end = words.index("--") if command.tail and "--" in words else len(words)
     tail = list(words[end + 1 :])
     return list(words[:end]), None if not tail and (end < len(words) or command.tail == "+") else tail
 
 
 def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
-    """Read a plain command line, `COMMAND NAME... --option VALUE -q`, with or without `exp sync` in front.
+    """Parse a plain command line, `COMMAND NAME... --option VALUE -q`, with or without `exp sync` before it.
 
-    Return None for any other, also for one with a mistake: argparse reads it, whose import costs more than a call.
+    Return None for others and for mistakes: these need argparse, whose import costs more than a whole call.
     """
     try:
         name, *words = argv[2:] if list(argv[:2]) == ["exp", "sync"] else argv
@@ -1316,7 +1298,7 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
         words, values["command"] = split_tail(command, words)
         for argument in command.arguments:
             default = argument.default
-            values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+            values[argument.dest] = argument.convert(default) if default and isinstance(default, str) else default
         while words:
             word = words.pop(0)
             if word[:1] != "-":
@@ -1325,9 +1307,9 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
             option = options[word]
             if option.takes_value and words[0][:1] == "-":
                 return None
-            value = option.read(words.pop(0)) if option.takes_value else True
+            value = option.convert(words.pop(0)) if option.takes_value else True
             values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-        command.take(args, names)
+        command.set_positionals(args, names)
     except (UsageError, LookupError, ValueError):
         return None
     return None if args.help or args.command is None else (command, args)
@@ -1344,7 +1326,7 @@ def name_process() -> None:
 
 
 def shortage(error: Exception) -> str:
-    """Return what there is too little of, if that is why an error came; else nothing."""
+    """Return the resource whose lack has caused an error, or an empty text."""
     try:
         posix.getcwd()
     except OSError:
@@ -1354,13 +1336,13 @@ def shortage(error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and end the process at once: tidying up an interpreter takes longer than the call."""
+    """Run a command line and exit at once: to finalize the interpreter would take longer than the call."""
     code = 0
     try:
         for fd in (0, 1, 2):
             try:
                 posix.fstat(fd)
-            except OSError:  # closed: no socket of ours must take its place
+            except OSError:  # closed: a socket must not get this number
                 null()
         if argv is None and sys.getfilesystemencoding() != "utf-8" and sys.executable:  # names are UTF-8 in any locale
             posix.execv(sys.executable, [sys.executable, "-X", "utf8", "-IS", FILE, *sys.argv[1:]])
@@ -1379,7 +1361,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         rows = "".join(f"  {dependency_text(row)}\n" for row in missing or ())
         put(f"error: {error}\n" if missing is None else f"{error.args[0]}\n{rows}", 2)
         code = error.exit_code
-    except Exception as error:  # a lack of something, or a defect of ours; no traceback reaches a user
+    except Exception as error:  # users see no traceback
         lack = shortage(error)
         defect = f"internal error in coder_sync {__version__}: {one_line(repr(error))}; please report it"
         put(f"error: {f'cannot go on: {lack}' if lack else defect}\n", 2)
@@ -1390,25 +1372,24 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if SELF:  # launched
-    if not quick(sys.argv[1:]):
-        for part in half_of(SELF, True):
-            exec(part, globals())
-        gc.freeze()  # what is loaded stays, and need not be looked through
-        gc.enable()
-    SELF = None  # which closes it
+if __name__ == "__main__" and quick(sys.argv[1:]):
     main()
+if SELF:  # by `launch`
+    rest, SELF = code_in(SELF, True), None
+    for code in rest:
+        exec(code, globals())
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Client. The rest of the Python API, on which the command line is built; what it returns; and guesses at names.
+# Client. The rest of the Python API, on which the command line is built; the records that it returns; suggestions for
+# names.
 # ----------------------------------------------------------------------------------------------------------
 
 
 class Event(Record):
-    """Something that happened to a unit. `time` is monotonic, `wall` since the epoch, both in seconds."""
+    """Something that happened to a unit."""
 
     seq: int  # its number, counted from 1
     time: float  # seconds, on the monotonic clock of the agent's system
@@ -1419,9 +1400,9 @@ class Event(Record):
 
 
 class UnitStatus(Record):
-    """A snapshot of one unit. Times are seconds since the agent began, or None for what has not happened.
+    """A snapshot of one unit. Times are in seconds since the agent began, or None for what has not happened.
 
-    `dependencies` and `history` are empty unless this one unit was asked for.
+    Only `status` fills `dependencies` and `history`.
     """
 
     unit_name: str  # name
@@ -1458,7 +1439,7 @@ class UnitStatus(Record):
 
 
 class Pong(Record):
-    """The agent's answer to `ping`; `uptime` in seconds."""
+    """The result of `ping`; `uptime` is in seconds."""
 
     version: str
     pid: int
@@ -1466,22 +1447,22 @@ class Pong(Record):
 
 
 class Graph(Record):
-    """All units at one time, `now`, in seconds since the agent began."""
+    """All units at the time `now`, in seconds since the agent began."""
 
     now: float
     nodes: list[UnitStatus]
 
 
-class Client(Caller):
-    """Talk to an agent. All times in seconds.
+class Client(BaseClient):
+    """The Python API: requests to an agent. All times are in seconds.
 
-    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules say no; CycleError,
-    AlreadyStarted and NotRegistered are kinds of it). `exit_code` of an error is the command line's. An agent that is
-    silent for 5 seconds is named in a warning on standard error, and after 30 seconds taken for gone.
+    Every call may raise Unreachable (no agent, or it went away) and Refused (the rules do not allow it; CycleError,
+    AlreadyStarted and NotRegistered are subclasses). `exit_code` of an error is the exit status of the command line.
+    An agent that is silent for 5 seconds is named in a warning on standard error; after 30 it is taken for gone.
     """
 
     def ping(self, wait: float = 0.0) -> dict[str, Any]:
-        """Return the agent's `version`, `pid` and `uptime` in seconds; try to reach it for `wait` seconds."""
+        """Return the agent's `version`, `pid` and `uptime`; try to reach it for `wait` seconds."""
         with Channel(self.socket_path, max(wait, self.connect_timeout or 0.0)) as channel:
             return vars(record(Pong, channel.call("ping")))
 
@@ -1492,7 +1473,7 @@ class Client(Caller):
         timeout: float = START_TIMEOUT,
         on_wait: Callable[[list[Dependency], float], None] | None = None,
     ) -> float:
-        """Wait until units meet `requires`; return the seconds it took. Raises DependencyFailed, TimedOut."""
+        """Wait until units meet `requires`; return the seconds waited. Raises DependencyFailed, TimedOut."""
         began = time.monotonic()
         with self._channel("wait") as channel:
             wait_for(channel, ", ".join(units), timeout, on_wait, "wait", units=list(units), requires=requires)
@@ -1501,23 +1482,20 @@ class Client(Caller):
     def reset(self, *units: str) -> list[str]:
         """Make units that have ended pending again, and those skipped because of them; all if none is named.
 
-        Returns their names. Raises NotRegistered, or Refused while one of them is started.
+        Return their names. Raises NotRegistered, or Refused while one of them is started.
         """
         return record(Answer, self._call("reset", units=list(units))).units
 
     def env(self, unit: str) -> dict[str, str]:
-        """Return the environment variables that `unit` would start with: what its dependencies have left.
-
-        Raises NotRegistered.
-        """
+        """Return the environment variables that dependencies have left for `unit`. Raises NotRegistered."""
         with self._channel("env") as channel:
-            return channel.news(channel.call("env", unit=unit)).env
+            return channel.as_answer(channel.call("env", unit=unit)).env
 
     def stop(self, *units: str, grace: float = GRACE) -> list[str]:
-        """End the commands of units and of what depends on them, dependents first; of all units if none is named.
+        """End the commands of units and of their dependents, these first; of all units if none is named.
 
-        Returns the names of the units that were stopped, when all have ended: what ignores TERM is killed after `grace`
-        seconds. Raises NotRegistered, or Refused if something still runs.
+        Return the names of the units when their commands have ended; those that ignore TERM are killed after `grace`
+        seconds. Raises NotRegistered, or Refused if a command still runs.
         """
         answer = self.halt(*units, grace=grace)
         if answer.left or answer.cannot:
@@ -1525,7 +1503,7 @@ class Client(Caller):
         return answer.stopped
 
     def halt(self, *units: str, grace: float = GRACE) -> Answer:
-        """As `stop`, but return what was `stopped`, what is `left`, and what `cannot` be stopped."""
+        """Do the same as `stop`, but return units that were `stopped`, are `left`, and `cannot` be stopped."""
         with self._channel("stop") as channel:
             request = channel.request("stop", units=list(units), grace=grace)
             return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
@@ -1534,10 +1512,8 @@ class Client(Caller):
         """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
         with self._channel("shutdown") as channel:
             channel.call("shutdown")
-            end = time.monotonic() + REPLY_TIMEOUT
             try:
-                while channel.receive(end - time.monotonic()):
-                    pass
+                channel.receive(REPLY_TIMEOUT)  # until the agent closes the connection
             except Unreachable:
                 return
             raise Unreachable(f"{channel.agent} was told to end {REPLY_TIMEOUT:.0f} s ago and has not; is it stopped?")
@@ -1547,32 +1523,31 @@ class Client(Caller):
         return record(UnitStatus, self._call("status", unit=unit))
 
     def list(self, everything: bool = False) -> Sequence[UnitStatus]:
-        """Return snapshots of all units by name; `everything` includes names that were only ever wanted."""
+        """Return snapshots of all units, sorted by name; `everything` includes names that are not registered."""
         return records(UnitStatus, self._call("list", all=everything))
 
     def graph(self) -> Graph:
-        """Return all units with their edges and times."""
+        """Return all units with their dependencies and times."""
         graph = record(Graph, self._call("graph"))
         names = {u.unit_name for u in graph.nodes}
         for u in graph.nodes:
-            words = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
-            if not words or not u.wants.keys() <= names:
+            known = u.status in (NOT_REGISTERED, PENDING, STARTED, *ENDED) and {*u.wants.values()} <= {*REQUIREMENTS}
+            if not known or not u.wants.keys() <= names:
                 raise Unreachable("the answer is not a Graph; are agent and client of one version?")
         return graph
 
     def events(self, follow: bool = False, since: int = 0) -> Iterator[Event]:
-        """Iterate over the events after the number `since`, oldest first, and with `follow` over what happens next.
+        """Iterate over the events after number `since`, oldest first, and with `follow` over new ones as they happen.
 
-        The agent remembers the last 100,000 events. Raises Unreachable when the agent ends, and for a follower that
-        does not read in time.
+        The agent remembers the last 100,000 events. Raises Unreachable when it ends, or if a follower reads too slowly.
         """
         with self._channel("events") as channel:
             yield from records(Event, channel.call("events", follow=follow, since=since))
             while follow:
                 message = channel.receive(REPORT_EVERY)
-                if message is None:  # is the agent still there?
+                if message is None:  # no event, or the agent hangs
                     channel.request("ping")
-                    message = channel.hear() or {}
+                    message = channel.expect() or {}
                 if message.get("method") == "event":
                     yield record(Event, message.get("params"))
 
@@ -1586,49 +1561,54 @@ class Client(Caller):
     ) -> Block:
         """Return a context manager that starts `unit`, and completes it at the end of the block.
 
-        A block that raises fails the unit, with the exception's text as the reason; so does the end of the process.
-        sys.exit() and sys.exit(0) complete it. Entering the block raises what `start` does.
+        If the block raises, the unit fails, with the exception as the reason; also if the process ends. sys.exit() and
+        sys.exit(0) complete it. To enter the block raises the same exceptions as `start`.
         """
         return Block(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
 
-class Block(Start):
-    """The start of `with client.unit(...)`."""
+class Block:
+    """The context manager of `Client.unit`."""
+
+    def __init__(self, *args: Any, **params: Any) -> None:
+        """Take the arguments of Start."""
+        self.args, self.params = args, params
+
+    def __enter__(self) -> Start:
+        self.start = Start(*self.args, **self.params)
+        return self.start
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         code: Any = error.code if isinstance(error, SystemExit) else error
-        try:
-            if code in (None, 0):
-                self.channel.call("complete", unit=self.unit)
-            elif isinstance(code, int):
-                self.channel.call("fail", unit=self.unit, exit_code=int(code))
-            else:
-                reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
-                self.channel.call("fail", unit=self.unit, reason=reason)
-        except SyncError:
-            if error is None:  # else the block's own exception matters more
-                raise
-        finally:
-            self.channel.close()
+        outcome: dict[str, Any] = {}
+        if code not in (None, 0):
+            text = one_line(f"{type(error).__name__}: {error}".rstrip(": "))
+            outcome = {"exit_code": int(code)} if isinstance(code, int) else {"reason": text}
+        with self.start.channel as channel:
+            try:
+                channel.call("fail" if outcome else "complete", unit=self.start.result.unit, **outcome)
+            except SyncError:
+                if error is None:  # otherwise the block's own exception matters more
+                    raise
 
 
-def let_go(unit: str, owner: Owner | None) -> str:
-    """Return what to do about a unit whose owner has gone, for the end of a message."""
+def gone_hint(unit: str, owner: Owner | None) -> str:
+    """Return the end of a message about a unit: what to do if its owner has gone."""
     gone = owner is not None and owner.alive is False
     return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
 
 
 def still_running(answer: Answer) -> str:
-    """Return what a stop has not ended, for a message."""
+    """Return the message about commands that `stop` has not ended."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
     for row in answer.cannot:
-        way = let_go(row.unit, row.owner) or ", which has no supervisor: end that process"
+        way = gone_hint(row.unit, row.owner) or ", which has no supervisor: end that process"
         texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
 
 
 def make_client(args: Args) -> Client:
-    """Return the client that the common options describe."""
+    """Return a client for the common options."""
     return Client(args.socket_path, args.connect_timeout)
 
 
@@ -1636,17 +1616,17 @@ def resembling(name: str, names: Iterable[str]) -> str:
     """Return the one of `names` that `name` may be a misspelling of, or an empty text."""
     try:
         from difflib import get_close_matches
-    except (ImportError, OSError):  # no descriptor left to read it with
+    except (ImportError, OSError):  # too many open files
         return ""
     from itertools import islice
 
-    digits = str.maketrans("", "", "0123456789")  # db-1 is no slip of the finger for db-2
+    digits = str.maketrans("", "", "0123456789")  # db-1 is not a misspelling of db-2
     close = get_close_matches(name, list(islice(names, 5000)), 3, 0.7)
     return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
 
 
-def meant(guess: str, otherwise: str = "") -> str:
-    """Return the end of a message about an unknown name: the one it resembles, or something else."""
+def did_you_mean(guess: str, otherwise: str = "") -> str:
+    """Return the end of a message about an unknown name: the name that it resembles, or `otherwise`."""
     return f'; did you mean "{guess}"?' if guess else otherwise
 
 
@@ -1792,13 +1772,13 @@ def in_background() -> tuple[int, int]:
     return 0, front
 
 
-# -- signals, and how a command is run------------------------------------------------------------------------
+# -- signals, and how a command is run ---------------------------------------------------------------------
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # end an agent without a command
 PASSED_ON = (*STOPS, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)  # go to the command, if there is one
 
 
-def heeded(numbers: Iterable[int]) -> list[int]:
-    """Return signals without those that our parent has set to be ignored, as nohup(1) does; TERM is kept."""
+def not_ignored(numbers: Iterable[int]) -> list[int]:
+    """Return signals without those that our parent has set to be ignored, as nohup(1) does, but with TERM."""
     return [n for n in numbers if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
 
 
@@ -1845,7 +1825,7 @@ class Family:
 
     def __init__(self, pid: int, leads: bool, mark: str) -> None:
         self.pid, self.leads, self.mark = pid, leads, mark  # of the first process; whether it leads a session or group
-        self.first = pid > 0  # whether the first process has not ended
+        self.first_alive = pid > 0  # whether the first process has not ended
         self._known: dict[int, int] = {}  # pid -> start time, as of the last scan
 
     def scan(self, processes: Callable[[], Processes]) -> bool:
@@ -1853,12 +1833,12 @@ class Family:
         try:
             alive = processes()
         except FileNotFoundError:  # there is no /proc
-            return self.first or self.has_group()
+            return self.first_alive or self.has_group()
         except OSError:  # no file descriptor is left, or processes begin too fast
             return True
-        self.leads = self.leads and (self.first or self.pid not in alive.births)  # else it is another process's pid
+        self.leads = self.leads and (self.first_alive or self.pid not in alive.births)  # else the pid is reused
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
-        todo += [self.pid] * (self.first or self.leads)
+        todo += [self.pid] * (self.first_alive or self.leads)
         todo += alive.related.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
@@ -1868,7 +1848,7 @@ class Family:
                 todo += alive.related.get(pid, ())
         self._known = {pid: alive.births[pid] for pid in found if pid in alive.births}
         missed = self.has_group() and self.pid not in alive.zombie_groups
-        return self.first or bool(self._known) or missed
+        return self.first_alive or bool(self._known) or missed
 
     def has_group(self) -> bool:
         """Return whether its own group has members, zombies included."""
@@ -1876,20 +1856,21 @@ class Family:
 
     def terminate_first(self) -> None:
         """Send TERM to the first process, and CONT, since it may be stopped."""
-        if self.first:
+        if self.first_alive:
             signal_to(self.pid, signal.SIGTERM, signal.SIGCONT)
 
     def pids(self) -> list[int]:
         """Return the pids of the known processes that are left."""
-        return [self.pid] * self.first + self._others()
+        return [self.pid] * self.first_alive + self._others()
 
     def _others(self) -> list[int]:
-        others = [pid for pid in self._known if pid != self.pid or not self.first]
+        others = [pid for pid in self._known if pid != self.pid or not self.first_alive]
         return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def terminate_others(self) -> None:
         """Send TERM to all processes but the first."""
-        for pid in self._others() or [-self.pid] * (not self._known and self.has_group()):
+        group = [-self.pid] if not self._known and self.has_group() else []  # there is no /proc
+        for pid in self._others() or group:
             signal_to(pid, signal.SIGTERM, signal.SIGCONT)
 
     def kill(self) -> None:
@@ -1902,13 +1883,13 @@ class Loop:
     """The event loop of the main thread: signals, ends of children, file descriptors, and a time.
 
     Python writes the number of each signal to a pipe (signal.set_wakeup_fd), which `turn` polls with the other file
-    descriptors: so no signal is missed between two polls. Until `give_back`, signals have no other effect.
+    descriptors: so no signal is missed between two polls. Until `restore_signals`, signals have no other effect.
     """
 
     def __init__(self, numbers: Iterable[int] = PASSED_ON) -> None:
         import select
 
-        self.numbers = heeded(numbers)
+        self.numbers = not_ignored(numbers)
         self.children: dict[int, Callable[[int], None]] = {}  # pid -> callback for its exit status
         self._handlers: dict[int, Callable[[], None]] = {}
         self._processes: Processes | None = None  # as of the present turn
@@ -1953,7 +1934,7 @@ class Loop:
             if self._handlers.pop(fd, None):
                 self._poll.unregister(fd)
 
-    def give_back(self) -> None:
+    def restore_signals(self) -> None:
         """Restore the handlers of signals, as needed before exec.
 
         Raises SystemExit(128+N) if signal N, which is not SIGWINCH, was received after the last turn.
@@ -2102,7 +2083,7 @@ def is_variable(name: str) -> bool:
 #     delivered       a plain claim, when the client has the answer; until then the other claims stay in line
 #     end             a held claim, when its unit has ended
 #     end, exit       a supervisor's claim, when its unit and the command have ended; the command of a service runs on
-#     end_claims      any claim, also in line, when its time is up, or its client or its process is gone
+#     end_claims      any claim, also while it waits, when its time is up, or its client or its process is gone
 # Invariants: a unit is started exactly while a claim was granted and the unit has not ended; `unmet` is the number
 # of dependencies whose requirement is not met; a unit is in `taken` of its locks exactly while it is started, or has
 # failed and its claim lasts; a unit whose command runs on has a holder; a unit in `stopping` has one, a supervisor's.
@@ -2173,7 +2154,7 @@ class Unit:
         self.unmet = 0  # number of dependencies whose requirement is not met
         self.line: dict[Claim, None] = {}  # claims that wait, oldest first
         self.holder: Claim | None = None  # the claim that was granted, until it ends
-        self.locks: tuple[Lock, ...] = ()  # that it has, or in whose lines it stands
+        self.locks: tuple[Lock, ...] = ()  # locks that it has or waits for
         self.refused: list[Owner] = []  # scripts whose start was refused since the unit was last started
         self.forget_run()
 
@@ -2182,7 +2163,7 @@ class Unit:
         self.facts = object.__new__(UnitStatus)  # attributes that are not set have their defaults and take no memory
         self.root = ""  # the first failure that caused the unit to be skipped
         self.last: Claim | None = None  # the held claim that was granted last
-        self.lost = False  # that claim ended before the command did, as far as is known
+        self.lost = False  # that claim has ended, and perhaps not the command
         self.owner_is_command = False  # the owner in `facts` is the command itself, as its supervisor has said
 
     def first(self) -> Claim | None:
@@ -2190,7 +2171,7 @@ class Unit:
         return self.holder or next(iter(self.line), None)
 
     def is_taken(self) -> bool:
-        """Return whether a further start is refused. While an answer is being delivered it may stand in line."""
+        """Return whether a further start is refused; it may wait in line while an answer is being delivered."""
         if self.status in ENDED:
             return self.holder is not None
         return self.status == STARTED and (self.holder is None or self.holder.delivered)
@@ -2209,10 +2190,10 @@ class Unit:
         return f'unit "{self.name}" still runs' + (f" (pid {owner.pid})" if owner else "")
 
     def lacks(self) -> Iterator[tuple[Unit, str | Lock]]:
-        """Iterate over what keeps the unit from starting, as pairs.
+        """Iterate over what keeps the unit from starting.
 
-        First a dependency and its requirement that is not met; then the unit itself and START, while the answer to an
-        earlier start is being delivered; then, if no dependency is unmet, a unit and the lock that it has.
+        Yields (dependency, requirement that it does not meet); (this unit, START), while the answer to an earlier start
+        is being delivered; and, if no dependency is unmet, (unit that has a lock or gets it first, lock).
         """
         if self.unmet:
             yield from ((d, requirement) for d, requirement in self.wants.items() if d.status not in MEETS[requirement])
@@ -2329,7 +2310,7 @@ class Units:
         self.waits = 0  # claims in line, except those of boots
         self.events: dict[int, Event] = {}  # by number
         self.seq = 0  # number of the last event
-        self.locks: dict[str, Lock] = {}  # that a unit has or waits for
+        self.locks: dict[str, Lock] = {}  # locks that units have or wait for, by name
         self.has_environment = False  # whether any unit has left variables
         self.refusals: dict[str, str] = {}  # name -> why its last `want` or `start` was refused
         self.stopping: dict[Unit, StopOrder] = {}
@@ -2340,10 +2321,7 @@ class Units:
     # -- what callers may do ------------------------------------------------------------------------------
 
     def want(self, name: str, dependencies: Iterable[str], requires: str = SUCCESS) -> Unit:
-        """Register `name` and make it depend on all of `dependencies`; if one is refused, on none of them.
-
-        Raises CycleError, or Refused: a bad name, an edge that has another requirement, a limit.
-        """
+        """Register `name` and make it depend on all of `dependencies`, or on none and raise CycleError or Refused."""
         (unit,) = self._declare([(check_name(name), dict.fromkeys(dependencies, check_requirement(requires)), ())])
         self._settle_all(unit)
         return unit
@@ -2383,7 +2361,7 @@ class Units:
             claim.delivered = True
             self._answer_line(unit, self._already_started(unit, *(other.owner for other in unit.line)))
             if not claim.held:
-                self._end_holder(unit)
+                self._end_claim(claim)
 
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
         """End claims before their time, all in one step; there is no other way in which they end so.
@@ -2415,14 +2393,13 @@ class Units:
     def end(self, name: str, outcome: Outcome, by: Owner | None = None, claim: Claim | None = None) -> str:
         """End a unit, with the claim that holds it, unless that is a supervisor's whose command may still run.
 
-        `by` and `claim` are the reporter and its claim on the unit, if it has one. Returns the status of the unit.
-        Raises NotRegistered; Refused if the unit has ended otherwise, is being stopped, leaves too many variables, or
-        if the start of `by` was refused.
+        `by` and `claim` are the reporter and its claim, if any. Returns the status of the unit. Raises NotRegistered;
+        Refused if the unit has another outcome, is being stopped or leaves too much, or if `by` may not report.
         """
         unit, status = self._registered(name), outcome.status
         before, reason, stopping = unit.status, unit.facts.reason, unit in self.stopping
         holder = claim if claim and claim.held and claim is unit.holder else None
-        supervisor = None if holder else unit.supervisor()
+        other = None if holder else unit.holder  # the claim of somebody else
         self._check_environment(unit, outcome.env)
         if not holder:
             self._check_report(unit, status, by)
@@ -2431,16 +2408,16 @@ class Units:
                 self._record(unit, "ready", "")
             self._set(unit, outcome)
             self._answer_line(unit, Refused(f'unit "{name}" was {status} by another caller while its start waited'))
-            if supervisor and not supervisor.boot:  # a boot is notified of every status
-                self.answer(supervisor, Notice("unit", {"unit": name, "status": status}))
+            if other and other.supervisor and not other.boot:  # a boot is notified of every status
+                self.answer(other, Notice("unit", {"unit": name, "status": status}))
         if holder and not outcome.running:
             self.exit(holder, outcome.reason, outcome.exit_code or int(status == FAILED))
         elif holder and not stopping:
             self.run_on(holder)
-        elif unit.holder and not unit.holder.supervisor:
-            self._end_holder(unit)
+        elif other and not other.supervisor:
+            self._end_claim(other)
         self._settle_all()
-        if before in ENDED and before == unit.status != status and not (holder and stopping):
+        if before in ENDED and unit.status == before != status and not (holder and stopping):
             why = f" ({reason})" if reason else ""
             hint = "others may have acted on that; start it again first"
             raise Refused(f'unit "{name}" is {before}{why} and cannot become {status}: {hint}')
@@ -2449,8 +2426,7 @@ class Units:
     def exit(self, claim: Claim, reason: str, code: int, stopped: bool = False) -> None:
         """End the claim of a supervisor, since no process of the command is left.
 
-        If it ran on, its unit fails: with `stopped`, because its supervisor was told to end it, or else, with another
-        `code` than 0, because it died.
+        If it ran on, the unit fails: stopped, if the supervisor was told to end it, or died, if `code` is not 0.
         """
         unit, ran_on = claim.unit, claim.unit.facts.running_on
         stopped = unit in self.stopping or (stopped and ran_on)
@@ -2463,7 +2439,7 @@ class Units:
             self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
         elif ran_on:
             self._record(unit, "exited", reason)
-        self._end_holder(unit, STOPPED if stopped else reason)
+        self._end_claim(claim, STOPPED if stopped else reason)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
@@ -2482,8 +2458,8 @@ class Units:
         self._check_waits(0 if ticket is None else 1)  # without a ticket it is the agent's own, at its end
         named = dict.fromkeys(self._selected(names))
         affected = [unit for unit in reached(named, lambda unit: unit.wanted_by) if unit.name]
-        alone = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
-        cannot = [row for unit, row in alone.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
+        others = {unit: self._running(unit) for unit in affected if unit.may_run() and not unit.supervisor()}
+        cannot = [row for unit, row in others.items() if unit.status == STARTED or (row.owner and row.owner.alive)]
         deadline = self.clock() + grace
         stop = Stop(ticket, deadline, cannot)
         self._join(stop)
@@ -2529,7 +2505,7 @@ class Units:
             if unit.status == STARTED:
                 owner = self._owner(unit)
                 by = owner_text(owner, " by ", ", which is no longer running,")
-                hint = let_go(unit.name, owner) or "; end it first"
+                hint = gone_hint(unit.name, owner) or "; end it first"
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
                 raise Refused(f"{unit.still_runs()} and cannot be reset; stop it first")
@@ -2598,7 +2574,7 @@ class Units:
         return sorted((row for row in self.graph().nodes if row.unit_name in shown), key=lambda row: row.unit_name)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return the variables that the dependencies of a unit leave it; later ones win. Raises NotRegistered."""
+        """Return the variables left by all dependencies of a unit; the last in the graph wins. Raises NotRegistered."""
         unit = self._registered(name)
         merged: dict[str, str] = {}
         for other in in_order(unit.wants, lambda unit: unit.wants) if self.has_environment else ():
@@ -2672,7 +2648,7 @@ class Units:
             self.answer(claim, answer)
 
     def _settle_all(self, *units: Unit) -> None:
-        """Settle units, then those that wait for a lock which has a place again, then those that a change affects."""
+        """Settle these units, then the units that wait for freed locks, then the units that changes affect."""
         for unit in units:
             self._settle(unit)
         while self._freed or self._affected:  # no recursion, since chains may be long
@@ -2689,10 +2665,10 @@ class Units:
             self.keep_time()
 
     def _set(self, unit: Unit, outcome: Outcome) -> None:
-        """Give a unit a status, which nothing else does, and update `unmet` of its dependents."""
+        """Set the status of a unit; no other method does. Update `unmet` of its dependents."""
         old, status, event = unit.status, outcome.status, outcome.event
         unit.status, unit.since = status, self._now()
-        if status != STARTED and not (status == FAILED and unit.holder):  # that keeps its locks until its claim ends
+        if status != STARTED and not (status == FAILED and unit.holder):  # else its claim keeps the locks
             self._free(unit)
         if status == PENDING:
             unit.forget_run()
@@ -2716,7 +2692,7 @@ class Units:
         if claim and claim.boot and status != PENDING:
             env = self.environment(unit.name) if status == STARTED else {}
             self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
-        if not unit.name and status != PENDING:  # a wait is over: forget the names that nothing else has mentioned
+        if not unit.name and status != PENDING:  # a wait is over: forget the names that only it has mentioned
             waited_for = unit.wants
             self._link(unit, {})
             self._forget(waited_for)
@@ -2727,12 +2703,13 @@ class Units:
             self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
         self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
 
-    def _end_holder(self, unit: Unit, how: str = "") -> None:
-        """End the claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
-        claim, unit.holder, unit.lost = unit.holder, None, how == LOST
+    def _end_claim(self, claim: Claim, how: str = "") -> None:
+        """End a claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
+        unit = claim.unit
+        unit.holder, unit.lost = None, how == LOST
         if unit.facts.running_on:
             unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), how
-        if unit.status != STARTED or (claim and claim.held):
+        if unit.status != STARTED or claim.held:  # a unit that was started by a plain claim keeps its locks
             self._free(unit)
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
@@ -2767,7 +2744,7 @@ class Units:
         command = "that process" if unit.owner_is_command else "its command"
         end = f"ended; {command} may still run" if ran_on else "ended without completing"
         reason = one_line(f"lost: {by}{self._process_text(claim.owner) or 'the process that held it'} {end}")
-        self._end_holder(unit, LOST)
+        self._end_claim(claim, LOST)
         if ran_on:
             self._set(unit, Outcome(FAILED, reason))
         return reason
@@ -2782,14 +2759,14 @@ class Units:
                 self.locks.pop(lock.name, None)
         unit.locks = ()
 
-    # -- small parts --------------------------------------------------------------------------------------
+    # -- declarations, and lines --------------------------------------------------------------------------
 
     def _declare(self, members: Sequence[Member], replace: bool = False) -> list[Unit]:
         """Register units and add their dependencies, all or none; `replace` drops the dependencies that they had.
 
         Raises CycleError or Refused, which is remembered for `why`.
         """
-        known = len(self.units)
+        count = len(self.units)
         try:
             units = [self._named(name) if name else Unit("", self._now()) for name, _, _ in members]
             edges = {unit: self._edges(unit, wants, replace) for unit, (_, wants, _) in zip(units, members)}
@@ -2800,11 +2777,11 @@ class Units:
             suspects = [unit for unit in changed if replace or unit.wanted_by or unit in edges[unit]]
             in_order(suspects, lambda unit: edges.get(unit, unit.wants))
         except SyncError as error:
-            for name in [*self.units][known:]:
-                del self.units[name]
-            about = error.data[0] if isinstance(error, CycleError) else members[0][0]
-            if about:
-                self.refusals[about] = one_line(str(error))
+            for new in [*self.units][count:]:
+                del self.units[new]
+            name = error.data[0] if isinstance(error, CycleError) else members[0][0]
+            if name:
+                self.refusals[name] = one_line(str(error))
                 if len(self.refusals) > 1000:
                     del self.refusals[next(iter(self.refusals))]
             raise
@@ -2837,7 +2814,7 @@ class Units:
         return edges
 
     def _link(self, unit: Unit, edges: dict[Unit, str]) -> None:
-        """Give a unit these edges in place of those that it had."""
+        """Replace the edges of a unit."""
         before, unit.wants = unit.wants, edges
         self.edges += len(edges) - len(before)
         unit.unmet = sum(other.status not in MEETS[requires] for other, requires in edges.items())
@@ -2909,10 +2886,8 @@ class Units:
 
     def _waits_for(self, unit: Unit, mark: bool = False) -> list[str]:
         """Return in words what a unit lacks, five items at most; `mark` names that are not registered."""
-        from itertools import islice
-
         words = []
-        for other, need in islice(unit.lacks(), 5):
+        for _, (other, need) in zip(range(5), unit.lacks()):
             if isinstance(need, Lock):
                 words.append(f"{need.label}, which {other.name} {'has' if other in need.taken else 'is to have first'}")
             else:
@@ -2960,7 +2935,7 @@ class Units:
             return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
         if unit.status in ENDED:
             return AlreadyStarted(f"{unit.still_runs()}: stop it first")
-        whose = owner_text(owner, " by ") + let_go(unit.name, owner)
+        whose = owner_text(owner, " by ") + gone_hint(unit.name, owner)
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
     def _check_report(self, unit: Unit, status: str, by: Owner | None) -> None:
@@ -3106,10 +3081,7 @@ def check_environment(env: dict[str, Any]) -> dict[str, str]:
 
 
 class Log:
-    """The agent's log: lines with a time, written to standard error or a file by a thread, so that no caller waits.
-
-    Lines that cannot be written are counted, and the next line gives their number.
-    """
+    """The agent's log. A thread writes it, so that no caller waits; lost lines are counted in the next one."""
 
     def __init__(self, level: int = 1, path: str = "") -> None:
         """Open the file, if there is one. Raises OSError, or RuntimeError if no thread can be started."""
@@ -3271,11 +3243,8 @@ class Connection:
             self.wake_up.wake()
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
-        """Return the peer, if it is to hold a unit, else the script that called it, or None if that is unknown.
-
-        `parent` is the pid of the script as the peer says, for systems without /proc.
-        """
-        pid = who_is_at(self.sock)[0]
+        """Return the peer, if it is to hold a unit, else the script that called it; without /proc that is `parent`."""
+        pid = peer_credentials(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
         return process(pid)
@@ -3307,7 +3276,7 @@ class Agent:
         self.leaving = False  # the agent is about to end, and takes no more claims
         self.owners: dict[Claim, io.FileIO | None] = {}  # claim of a `start --pid` -> pidfd of the process, if any
         self._owners_wake = WakeUp()
-        Thread(target=self.for_ever, args=("watching processes", self._look_at_owners), daemon=True).start()
+        Thread(target=self.for_ever, args=("watching processes", self._await_owners), daemon=True).start()
 
     def for_ever(self, doing: str, step: Callable[[], None]) -> None:
         """Call `step` for ever, whatever goes wrong: the body of a thread. `doing` is for the log."""
@@ -3390,7 +3359,7 @@ class Agent:
         except SyncError as problem:
             error = problem
             if isinstance(error, NotRegistered):
-                error = NotRegistered(f"{error}{meant(self._resembling(error.unit))}")
+                error = NotRegistered(f"{error}{did_you_mean(self._resembling(error.unit))}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3711,7 +3680,7 @@ class Agent:
     @staticmethod
     def _knows_pids_of(connection: Connection) -> bool:
         """Return whether a peer is in our process namespace, so that a pid means the same process to both."""
-        peer = who_is_at(connection.sock)[0]
+        peer = peer_credentials(connection.sock)[0]
         return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
 
     def _process(self, connection: Connection, pid: int) -> Owner | None:
@@ -3738,7 +3707,7 @@ class Agent:
             pass
         self._owners_wake.wake()
 
-    def _look_at_owners(self) -> None:
+    def _await_owners(self) -> None:
         """Wait until an owner ends, or until Units.keep_time is due. Without a pidfd, check the owner each second."""
         self._owners_wake.awake = False
         with self.lock:
@@ -3764,7 +3733,7 @@ class Agent:
     def stop_units(self, everything: bool, grace: float) -> Stop | None:
         """Begin to stop commands that run on, or all that have a supervisor, and start none. None if there are none."""
         with self.lock:
-            self._turn_away()
+            self._refuse_claims()
             units = self.units.units.values()
             names = [u.name for u in units if u.facts.running_on or (everything and u.supervisor())]
             if not names:
@@ -3773,7 +3742,7 @@ class Agent:
         self._owners_wake.wake()
         return stop
 
-    def _turn_away(self) -> None:
+    def _refuse_claims(self) -> None:
         """Take no more claims, and answer those that wait with Unreachable. Called under the lock."""
         self.leaving = True
         for claim in [claim for connection in self.connections for claim in connection.open.values()]:
@@ -3782,7 +3751,7 @@ class Agent:
     def stop(self) -> None:
         """Answer all claims that wait, and give the connections a second to send what is in their outboxes."""
         with self.lock:
-            self._turn_away()
+            self._refuse_claims()
             connections, self.connections = self.connections, set()  # when these close no claim ends
         deadline = time.monotonic() + 1.0
         while any(c.outbox or c.wake_up.awake for c in connections if not c.gone) and time.monotonic() < deadline:
@@ -3794,10 +3763,7 @@ QUESTIONS = ("ping", "status", "list", "graph", "env", "events")  # methods that
 
 
 def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) -> Any:
-    """Return a socketserver on a listening socket, with a thread for each connection, and at most `most` of them.
-
-    The requests of socketserver are Connections here. `look` is called now and then, and after each new connection.
-    """
+    """Return a socketserver whose requests are Connections, at most `most`. It calls `look` every few seconds."""
     import _thread
     import socketserver
 
@@ -3851,8 +3817,8 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
                 trace = error.__traceback__
                 while trace.tb_next:
                     trace = trace.tb_next
-                said = f"internal error at line {trace.tb_lineno}: {one_line(repr(error))}; please report it"
-                agent.log.say(said, 0)
+                where = f"internal error at line {trace.tb_lineno}"
+                agent.log.say(f"{where}: {one_line(repr(error))}; please report it", 0)
 
     server = Server("", Handler, bind_and_activate=False)
     server.socket.close()
@@ -3934,7 +3900,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
                 pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
-            if holder not in (0, found.st_mtime_ns):  # another agent has taken its place, and has as much time to end
+            if holder not in (0, found.st_mtime_ns):  # another agent holds it now, and has as much time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
                 remove(lock, found)
@@ -4105,19 +4071,16 @@ def serve(host: Host, background: bool = False) -> None:
             os.close(ready)
         from signal import Signals
 
-        came: list[int] = []
-        while not came:
-            came = loop.turn()
-        host.agent.log.say(f"stopping: got {Signals(came[0]).name}")
+        numbers: list[int] = []
+        while not numbers:
+            numbers = loop.turn()
+        host.agent.log.say(f"stopping: got {Signals(numbers[0]).name}")
         notify("STOPPING=1")
         host.stop_units(loop, everything=os.getpid() == 1)
 
 
 def serve_command(host: Host, command: list[str]) -> int:
-    """Run an agent and a command, then stop what its units have left running; return the exit status of the command.
-
-    Raises Refused, CommandError.
-    """
+    """Run an agent as long as a command runs; return the command's exit status. Raises Refused, CommandError."""
     with host:
         loop = Loop(PASSED_ON)
         host.accept()
@@ -4298,7 +4261,7 @@ def plain_units(units: Iterable[UnitStatus], keys: Iterable[str]) -> list[dict[s
 
 
 # -- what all pictures of a startup share -------------------------------------------------------------------
-PHASES = {  # of a unit: its glyph, the same in ASCII; in SVG its class ("": that of the status), top and height
+PHASES = {  # of a unit: glyph and its ASCII form; in SVG the class (if empty, the status is the class), top and height
     "runs on as a service": ("\u2500-", "", 9, 3),
     "waits": ("\u2591.", "w", 7, 6),
     "waits for a lock": ("\u2592:", "l", 7, 6),
@@ -4350,10 +4313,8 @@ class Startup:
         self.last = max([self.first, *times])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        rows = [self.bars[u.unit_name] for u in known]
-        self.rows = sorted(
-            rows, key=lambda b: (not b.has_run, b.started if b.has_run else b.unit.registered or 0.0, b.name)
-        )
+        rows = (self.bars[u.unit_name] for u in known)
+        self.rows = sorted(rows, key=lambda bar: (not bar.has_run, bar.started, bar.name))
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
         self.critical, steps = set(names), set(zip(names, names[1:]))
@@ -4375,7 +4336,7 @@ class Startup:
                 break
             if bar.has_run:
                 path.append((bar, max(0.0, min(bar.ended, until) - bar.started)))
-            until = bar.started  # of a skipped unit: its end
+            until = bar.started  # a skipped unit has its end here
             before = [self.bars[d] for d in bar.unit.wants if d in self.bars]
             before = [b for b in before if b.unit.ended is not None and b.ended <= until]
             bar = self.bars.get(bar.unit.released_by) or max(before, key=lambda b: b.ended, default=None)
@@ -4401,7 +4362,7 @@ class Startup:
 
 # -- the timeline -------------------------------------------------------------------------------------------
 def ticks(length: float, most: int) -> list[tuple[float, str]]:
-    """Return round numbers of seconds for an axis, at most `most` after 0 and not many less, each with its text."""
+    """Return round times with labels for an axis of `length` seconds: 0 and at most `most` others, not many fewer."""
     steps = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 4, 6, 8)] + [10.0, 15.0, 20.0, 30.0, 45.0]
     steps += [60 * m for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720)]
     step = next((s for s in [*steps, 86400.0, 2 * 86400.0] if length / s <= max(most, 1)), length or 1.0)
@@ -4411,7 +4372,7 @@ def ticks(length: float, most: int) -> list[tuple[float, str]]:
 
 
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
-    """Draw every unit on one axis of time, with its outcome; a star marks those on the critical path."""
+    """Draw each unit as a row on one axis of time; a star marks the units on the critical path."""
     glyphs = {phase: both[not unicode] for phase, (both, *_) in PHASES.items()}
     startup, dots = Startup(graph), "\u2026" if unicode else "~"
     summary = wrap(startup.summary(), width, dots)
@@ -4502,10 +4463,7 @@ def read_timeline(text: str | bytes, name: str) -> Startup:
 
 
 def compare_text(before: Startup, now: Startup) -> str:
-    """Compare how long each unit took in two startups: first the units that did not complete, then the largest change.
-
-    The time of a unit that did not complete is not compared.
-    """
+    """Compare how long units took in two startups: the largest change first, after what did not complete in both."""
 
     def change(seconds: float) -> str:
         return "0" if abs(seconds) < 0.0005 else f"{'+' if seconds > 0 else '-'}{span(abs(seconds))}"
@@ -4518,13 +4476,13 @@ def compare_text(before: Startup, now: Startup) -> str:
     bars = [{bar.name: bar for bar in startup.rows} for startup in (before, now)]
     rows: list[tuple[float, list[str]]] = []
     for name in sorted({**bars[0], **bars[1]}):
-        old, new = pair = [of_startup.get(name) for of_startup in bars]
-        seconds = (new.ran if new else 0.0) - (old.ran if old else 0.0)
-        text = "came" if old is None else "went" if new is None else change(seconds)
-        if any(bar and bar.unit.status != COMPLETED for bar in pair):
-            seconds, text = NEVER, "-"
+        old, new = (of_startup.get(name) for of_startup in bars)
+        seconds, text = NEVER, "-"
+        if old and new and old.unit.status == new.unit.status == COMPLETED:
+            seconds = new.ran - old.ran
+            text = change(seconds)
         critical = [word for word, startup in (("before", before), ("now", now)) if name in startup.critical]
-        rows.append((-abs(seconds), [name, *map(cell, pair), text, " and ".join(critical)]))
+        rows.append((-abs(seconds), [name, cell(old), cell(new), text, " and ".join(critical)]))
     text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
     complete = all(bar.unit.status == COMPLETED for bar in (*before.rows, *now.rows))
     verdict = change(now.length - before.length) if complete else "not every unit completed"
@@ -4561,7 +4519,7 @@ def timeline_svg(graph: Graph) -> str:
     """Draw the timeline as one self-contained picture."""
     from html import escape
 
-    startup, found = Startup(graph), obstacles(graph)
+    startup, causes = Startup(graph), obstacles(graph)
     column, height, axis = 7.4, 20, 760.0  # pixels: width of a character, height of a row, length of the axis of time
     outcomes = [fit(status_and_reason(bar.unit), 60).rstrip() for bar in startup.rows]
     left = 16 + column * min(max((text_width(bar.name) for bar in startup.rows), default=0), 60)
@@ -4579,7 +4537,7 @@ def timeline_svg(graph: Graph) -> str:
     for i, (bar, outcome) in enumerate(zip(startup.rows, outcomes)):
         y, status, is_critical = top + height * i, bar.unit.status, bar.name in startup.critical
         starts[bar.name] = left + (bar.started - startup.first) * scale, y
-        body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, found[bar.name]))}</title>")
+        body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, causes[bar.name]))}</title>")
         body.append(f'<rect class="{"yz"[i % 2]}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
         body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else ""))
         for phase, start, end in bar.phases:
@@ -4615,7 +4573,7 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     wants = {u.unit_name: u.wants for u in graph.nodes}
     for name in names:
         if name not in wants:
-            hint = meant(resembling(name, wants), f"; see `{PROGRAM} list --all`")
+            hint = did_you_mean(resembling(name, wants), f"; see `{PROGRAM} list --all`")
             raise NotRegistered(f'no unit "{name}"{hint}')
     keep = reached(names, wants.get)
     return Graph(graph.now, [u for u in graph.nodes if u.unit_name in keep])
@@ -4703,7 +4661,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
     These are the dependencies that do not meet their requirement or, if there are none, the units that have its locks.
     """
     statuses = {u.unit_name: u.status for u in graph.nodes}
-    found: dict[str, dict[str, str]] = {}
+    causes: dict[str, dict[str, str]] = {}
     for u in graph.nodes:
         unmet: list[str] = []
         if u.status == SKIPPED:
@@ -4713,8 +4671,8 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
         words = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in unmet}
         if u.is_waiting and not unmet:
             words = {u: f'lock {lock}, which "{u}" has' for lock, u in u.blocked_by.items() if u in statuses}
-        found[u.unit_name] = words
-    return found
+        causes[u.unit_name] = words
+    return causes
 
 
 def is_notable(unit: UnitStatus, now: float) -> bool:
@@ -4729,17 +4687,17 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
 
     Without names: the root causes of all that is stuck, and what failed, gave up, has ended or runs long.
     """
-    found = obstacles(graph)
+    causes = obstacles(graph)
     units = {u.unit_name: u for u in graph.nodes}
     units.update({name: UnitStatus(name, NOT_REGISTERED, True) for name in names if name not in units})
-    stuck = {u.unit_name: found[u.unit_name] for u in graph.nodes if u.waiting is not None or u.status == SKIPPED}
+    stuck = {u.unit_name: causes[u.unit_name] for u in graph.nodes if u.waiting is not None or u.status == SKIPPED}
     held_up: dict[str, list[str]] = {}  # by each unit, without others in between
-    for name, causes in stuck.items():
-        for cause in causes:
+    for name, found in stuck.items():
+        for cause in found:
             held_up.setdefault(cause, []).append(name)
-    chain = reached(names, found.get)
-    between = [units[name] for name in chain if found.get(name)]
-    roots = [units[name] for name in chain if not found.get(name)]
+    chain = reached(names, causes.get)
+    between = [units[name] for name in chain if causes.get(name)]
+    roots = [units[name] for name in chain if not causes.get(name)]
     if not names:
         roots = [u for u in graph.nodes if u.unit_name in held_up or is_notable(u, graph.now)]
         roots = [u for u in roots if not stuck.get(u.unit_name)]
@@ -4750,35 +4708,35 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     parts.sort(key=lambda part: -len(part[0]))
     texts = []
     for held, group in parts[:50]:
-        lines = sentences(graph, group, found)
+        lines = sentences(graph, group, causes)
         for word, is_skipped in (("held up", False), ("skipped", True)):
             listed = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
             lines += [f"    {word}: {some_names(listed)}"] if listed else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    return "\n".join([*sentences(graph, between, found), "\n\n".join(texts) or nothing]) + "\n"
+    return "\n".join([*sentences(graph, between, causes), "\n\n".join(texts) or nothing]) + "\n"
 
 
-def sentences(graph: Graph, units: Sequence[UnitStatus], found: dict[str, dict[str, str]]) -> list[str]:
-    """Return a sentence on each of the first 20 units, and how many more there are; `found` are the obstacles."""
+def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[str, str]]) -> list[str]:
+    """Return a sentence on each of the first 20 units and its obstacles, and how many more units there are."""
     lines = []
     for u in units[:20]:
         if u.status != NOT_REGISTERED:
-            lines.append(sentence(u, graph.now, found[u.unit_name]) + ".")
+            lines.append(sentence(u, graph.now, causes[u.unit_name]) + ".")
             continue
         why = f"its want was refused: {u.refusal}" if u.refusal else "nobody has called want, start or run on it"
         wanted_by = [other.unit_name for other in graph.nodes if u.unit_name in other.wants]
         why += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
         known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
         guess = resembling(u.unit_name, known.difference(wanted_by))  # its name may be misspelt
-        lines.append(f'"{u.unit_name}" is not registered: {why}{meant(guess, ".")}')
+        lines.append(f'"{u.unit_name}" is not registered: {why}{did_you_mean(guess, ".")}')
     return lines + ([f"({len(units) - 20} more like these)"] if len(units) > 20 else [])
 
 
-def sentence(unit: UnitStatus, now: float, its_obstacles: Mapping[str, str]) -> str:
-    """Return a sentence on a registered unit, without its full stop."""
-    name, bar, missing = f'"{unit.unit_name}"', Bar(unit, now), some_names([*its_obstacles.values()])
+def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
+    """Return a sentence on a registered unit and its obstacles, without a full stop."""
+    name, bar, missing = f'"{unit.unit_name}"', Bar(unit, now), some_names([*causes.values()])
     reason = f": {reason_text(unit)}" if unit.reason else ""
     output = f"; its output is in {unit.log}" if unit.log else ""
     if unit.status == SKIPPED:
@@ -5021,7 +4979,7 @@ class Prober:
                 return "" if found else "no such file"
             with connect(probe) as sock:
                 if probe.kind == "unix":
-                    self._peer = who_is_at(sock)[0]
+                    self._peer = peer_credentials(sock)[0]
                 status = http_status(sock, probe) if probe.kind == "http" else 0
             return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
@@ -5197,7 +5155,7 @@ class Link:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._since = time.monotonic()
                 if "method" in message:
-                    self._notified(str(message["method"]), self._channel.news(message.get("params")))
+                    self._notified(str(message["method"]), self._channel.as_answer(message.get("params")))
                 elif message.get("id") in self.pending:
                     self.pending.pop(message["id"])(message)
         except Unreachable as error:
@@ -5208,7 +5166,7 @@ class Link:
         self.receive()
         if self._channel and now >= self._due():
             if self.pending:
-                self.lost = self.lost or self._channel._silence(self._patience())
+                self.lost = self.lost or self._channel.silence(self._patience())
             else:
                 self.request("ping")
         if self.lost:
@@ -5232,19 +5190,19 @@ LONGEST_DELAY = 30.0  # seconds between two tries, unless a longer one was asked
 CHECK_EVERY = 5.0  # seconds between two checks for processes that a successful command has left
 CHECK_OFTEN = 0.05  # seconds between two checks for processes that are being ended
 ERROR_EVERY = 1.0  # seconds between two reports of a probe's error to the agent
-LAST_WAIT = 2.0  # seconds after KILL in which a process must have ended
+LAST_WAIT = 2.0  # seconds after KILL until a process counts as one that cannot be killed
 
 WAITING = "waiting"  # for its first try, or the next one
 CHECKING = "checking"  # whether the probe succeeds already, before the command is run
 RUNNING = "running"
-READY = "ready"  # the unit has completed; the command, or something that it has left, runs on
+SETTLED = "settled"  # the unit has its outcome; the command, or a process that it has left, runs on
 ENDING = "ending"  # its processes are being ended
 GONE = "gone"  # none of its processes is left, and there will be no further try
 FOLLOW = {  # state -> states that may follow it
     WAITING: (WAITING, CHECKING, RUNNING, GONE),
     CHECKING: (WAITING, RUNNING, GONE),
-    RUNNING: (READY, ENDING),
-    READY: (ENDING, GONE),
+    RUNNING: (SETTLED, ENDING),
+    SETTLED: (ENDING, GONE),
     ENDING: (WAITING, GONE),
     GONE: (),
 }
@@ -5285,7 +5243,7 @@ class Task:
         self.why = ""  # why the latest try failed, or was ended
         self.kill_at = 0.0  # when to send KILL, in state ENDING
         self.stopped = ""  # why there will be no further try
-        self.reported = ""  # outcome of the unit: COMPLETED or FAILED
+        self.reported = ""  # the outcome of the unit, COMPLETED or FAILED, that we or others have reported
         self.runs_on = False  # whether the unit has its outcome, and the agent waits for `exited`
 
     def use_directory(self, path: str) -> None:
@@ -5312,9 +5270,8 @@ class Task:
         """Print a warning."""
         put(f"warning: {self.unit}: {text}\n", 2)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        """Handle the answer to a report."""
-        raise NotImplementedError
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        """Handle an error as the answer to a report."""
 
     # -- life cycle
 
@@ -5328,7 +5285,7 @@ class Task:
 
     def lives(self) -> bool:
         """Return whether a process of the command may run."""
-        return self.state in (RUNNING, READY, ENDING)
+        return self.state in (RUNNING, SETTLED, ENDING)
 
     def keep_time(self, now: float) -> None:
         """Call the actions that are due."""
@@ -5339,7 +5296,7 @@ class Task:
 
     def next_due(self) -> float:
         """Return when the next action is due."""
-        return min(self.due.values()) if self.due else NEVER
+        return min(self.due.values(), default=NEVER)
 
     def begin(self) -> None:
         """Begin a try: check that the probe does not succeed yet, then run the command."""
@@ -5417,13 +5374,8 @@ class Task:
 
     def probed(self) -> None:
         """Report that the unit has completed, if its probe has succeeded."""
-        if self.prober and self.prober.ready() and self.waits_for_probe():
-            self.close_prober(ended=False)
+        if self.prober and self.prober.ready() and self.state == RUNNING:
             self.complete()
-
-    def waits_for_probe(self) -> bool:
-        """Return whether the unit is to complete when its probe succeeds."""
-        return self.state == RUNNING and self.limits.ready != "" and not self.reported
 
     def close_prober(self, ended: bool = True) -> None:
         """Stop probing; a notify socket is read until the command has `ended`."""
@@ -5455,11 +5407,11 @@ class Task:
 
     def process_ended(self, code: int) -> None:
         """Handle the end of the first process; its exit status is -N for signal N."""
-        self.family.first, self.code = False, code
+        self.family.first_alive, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
-            self.due.update(dict.fromkeys(self.due, 0.0))
-        elif self.waits_for_probe():
+            self.due = dict.fromkeys(self.due, 0.0)
+        elif self.state == RUNNING and self.limits.ready:
             to_background = code == 0 and self.limits.ready != "notify"
             hint = ": keep it in the foreground, or call `wait --ready` in it" if to_background else ""
             self.end(f"ended before it was ready ({exit_text(code)}){hint}")
@@ -5468,24 +5420,24 @@ class Task:
         elif self.state == RUNNING:
             self.complete()
             self.due.pop(self.time_is_up, None)
-        if self.state == READY and not self.own_session and not self.limits.ready:
+        if self.state == SETTLED and not self.own_session and not self.limits.ready:
             self.due[self.gone] = 0.0  # `run` without a probe does not wait for what its command has left
-        elif self.state == READY:
+        elif self.state == SETTLED:
             self.due[self.check_left] = 0.0 if self.runs_on else time.monotonic() + CHECK_EVERY
 
-    def end(self, why: str, by: float = NEVER) -> None:
-        """End all processes of the command until the time `by`, at most `grace` seconds from now.
+    def end(self, why: str, deadline: float = NEVER) -> None:
+        """End all processes of the command until the deadline, which is at most `grace` seconds from now.
 
         The first process gets TERM; the others get it when that has ended, or after half of the time, since servers
-        end their workers themselves. KILL follows at the end. A second call can only bring the end nearer.
+        end their workers themselves. KILL follows at the deadline. A second call can only bring it nearer.
         """
         now = time.monotonic()
-        by = min(max(by, now), now + self.grace)
+        deadline = min(max(deadline, now), now + self.grace)
         if self.state == ENDING:
-            self.kill_at = min(self.kill_at, by)
+            self.kill_at = min(self.kill_at, deadline)
             return
-        self.why, self.kill_at = why, by
-        others_at = (now + by) / 2 if self.family.first else now
+        self.why, self.kill_at = why, deadline
+        others_at = (now + deadline) / 2 if self.family.first_alive else now
         self.enter(ENDING, {self.terminate_others: others_at, self.check_left: now})
         self.close_prober(ended=False)
         self.family.scan(self.loop.processes)  # while parents live, by which their children are found
@@ -5509,7 +5461,7 @@ class Task:
             self.due[self.check_left] = now + CHECK_OFTEN
             if now >= self.kill_at:
                 self.family.kill()
-        elif not self.family.first:
+        elif not self.family.first_alive:
             self.due[self.check_left] = now + CHECK_EVERY
             if not self.runs_on:
                 self.runs_on = True
@@ -5545,13 +5497,13 @@ class Task:
         """Return which try is next, and why."""
         return f"try {self.tries + 1} of {self.limits.retries + 1} after {self.why}"
 
-    def stop(self, why: str, by: float = NEVER) -> None:
-        """End the command until the time `by`; there will be no further try."""
+    def stop(self, why: str, deadline: float = NEVER) -> None:
+        """End the command until the deadline; there will be no further try."""
         self.stopped = why
         if self.state in (WAITING, CHECKING):
             self.enter(GONE, {})
         if self.state != GONE:
-            self.end(why, by)
+            self.end(why, deadline)
         elif not self.reported:
             self.fail(why)
 
@@ -5564,7 +5516,7 @@ class Task:
         except Refused as error:
             self.end(str(error))
             return
-        runs_on = self.family.first or self.family.has_group() or self.code != 0
+        runs_on = self.family.first_alive or self.family.has_group() or self.code != 0
         self.settle(COMPLETED, runs_on)
         self.report("complete", env=env, running=runs_on)
 
@@ -5586,15 +5538,26 @@ class Task:
             self.why = ""
             self.gone()
         elif self.state == RUNNING:
-            end_by = self.due.get(self.time_is_up, NEVER)
-            if outcome == COMPLETED:
-                self.enter(READY, {self.time_is_up: end_by})
-            else:
-                self.due[self.time_is_up] = min(time.monotonic() + self.grace, end_by)
+            end_by = self.due[self.time_is_up]
+            if outcome == FAILED:
+                end_by = min(end_by, time.monotonic() + self.grace)
+            self.enter(SETTLED, {self.time_is_up: end_by})
+            self.close_prober(ended=False)
 
     def report(self, method: str, **params: Any) -> None:
         """Send a report to the agent."""
         self.link.request(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
+
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        """Handle the answer to a report. If the unit may not complete, end the command, and report a failure."""
+        try:
+            unwrap(message)
+        except SyncError as error:
+            if method == "complete" and not isinstance(error, Unreachable):
+                self.reported = ""
+                self.stop(str(error))
+            else:
+                self.not_reported(method, params, error)
 
 
 # -- the commands -------------------------------------------------------------------------------------------
@@ -5612,7 +5575,6 @@ class Task:
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
     report = Reporter(args, f"{args.unit}: ", 2)
-    start = make_start(args, report, hold=True, supervisor=True)
     if args.ready is not None:
         Probe(args.ready)
     if args.ready_timeout is not None and args.ready is None:
@@ -5620,7 +5582,7 @@ def cmd_run(args: Args) -> int:
     if args.retry_delay is not None and not args.retry:
         raise UsageError("run: --retry-delay without --retry")
     try:
-        start.__enter__()
+        start = start_unit(args, report, hold=True, supervisor=True)
     except Unreachable as error:
         if not args.optional:
             raise
@@ -5681,12 +5643,12 @@ class Run(Task):
         if self.state in (WAITING, CHECKING, GONE):
             self.status = 128 + number
             self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
-        elif self.family.first:
+        elif self.family.first_alive:
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
-        else:  # what is left of it is being ended
-            self.end("", by=0.0)
+        else:  # only processes that it has left: end them at once
+            self.end("", deadline=0.0)
 
     def notified(self, method: str, params: Answer) -> None:
         """Handle a notification: stop, or go on as a service, since others have completed the unit."""
@@ -5715,14 +5677,10 @@ class Run(Task):
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
         others = {"owner": "its process", "exited": "its end"}
-        what = params.get("detail") or others.get(method, outcome)
-        try:
-            unwrap(message)
-        except SyncError as error:
-            self.warn(f"{what} may not have been reported: {error}")
+        self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
 
 
 @Command(
@@ -5779,7 +5737,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
     finally:  # commands of probes do not outlive us
         for prober in probers:
             prober.close()
-        loop.give_back()
+        loop.restore_signals()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5992,19 +5950,18 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
             outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
             guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
-            hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
+            hint = f"; {left_out[name]}" if name in left_out else did_you_mean(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
-    for edge in (edge for script in scripts for edge in (*script.before, *script.after)):
-        hint = "" if edge.dependency in by_name else meant(resembling(edge.dependency, list(by_name)))
-        if hint:
-            warn(f'{edge.place}: no file provides "{edge.dependency}"{hint}')
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
-        if unit in by_name and edge.dependency in by_name:
-            wants = by_name[unit].want
-            if all(other.dependency != edge.dependency for other in wants):  # else the script has its own requirement
-                wants.append(edge)
+        missing = next((name for name in (unit, edge.dependency) if name not in by_name), "")
+        if missing:
+            hint = did_you_mean(resembling(missing, list(by_name)))
+            if hint:
+                warn(f'{edge.place}: no file provides "{missing}"{hint}')
+        elif edge.dependency not in [own.dependency for own in by_name[unit].want]:
+            by_name[unit].want.append(edge)
     check_edges(scripts, mistakes)
     if not scripts and not mistakes and not may_be_empty:
         mistakes.append(f"{' '.join(paths)}: no executable files")
@@ -6323,12 +6280,12 @@ class Job(Task):
         self.stream = Stream(script.unit, boot.loop, boot.out)
         self.command_text = "/".join(script.path.split("/")[-2:])
         self.log = os.fsencode(self.stream.log_path).decode(errors="replace")
-        self.outcome, self.reason = "", ""  # the unit's, as the agent has it
+        self.outcome, self.reason = "", ""  # of the unit
         self.died = False  # the command has failed after the unit had completed
 
     def running(self) -> bool:
         """Return whether the first process runs."""
-        return self.lives() and self.family.first
+        return self.lives() and self.family.first_alive
 
     def ending(self) -> bool:
         """Return whether the command is being ended, or may tidy up after a failure that others have reported."""
@@ -6339,9 +6296,6 @@ class Job(Task):
         streams = [(os.POSIX_SPAWN_DUP2, write, fd) for fd in (1, 2)]  # 0 is /dev/null already
         try:
             return spawn(self.command, env, own_session=True, file_actions=streams)
-        except OSError:
-            self.stream.close()
-            raise
         finally:
             os.close(write)
 
@@ -6365,15 +6319,9 @@ class Job(Task):
         self.reason = reason
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        try:
-            unwrap(message)
-        except SyncError as error:
-            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.reported = ""
-                self.stop(str(error))
-            elif method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
-                self.set_outcome(self.reported, self.reason)
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        if method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
+            self.set_outcome(self.reported, self.reason)
 
     def set_outcome(self, status: str, reason: str) -> None:
         """Set the outcome of the unit, unless it has one."""
@@ -6493,7 +6441,7 @@ class Boot:
             family.scan(Processes)
             family.terminate_first()
             family.terminate_others()
-            family.first = False  # nobody takes its exit status any more
+            family.first_alive = False  # nobody takes its exit status any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
             time.sleep(CHECK_OFTEN)
@@ -6540,7 +6488,7 @@ class Boot:
                 del self.active[job.unit]
         if self.stopping:
             self.stop_in_order(now)
-        due = min(now + 60, self.report_at, self.retire_at, self.link.keep_time(now))
+        due = min(self.report_at, self.retire_at, self.link.keep_time(now))
         return min([due, *(job.next_due() for job in self.active.values())])
 
     def patience(self) -> float:
@@ -6656,7 +6604,7 @@ class Boot:
         living = [unit for unit, job in self.active.items() if early and job.lives()]
         wanted = reached((name for unit in living for name in self.wants[unit]), self.wants.get)
         for job in self.active.values():
-            if job.state in (RUNNING, READY) and job.unit not in wanted:
+            if job.state in (RUNNING, SETTLED) and job.unit not in wanted:
                 job.end(self.stopping, self.stop_by)
 
     # -- reports ------------------------------------------------------------------------------------------
@@ -6767,7 +6715,6 @@ class Front:
         self.received = b""  # from the background process
         self.ended: list[int] = []  # its exit status
         self.signal = 0
-        os.set_blocking(link, False)
         loop.children[pid] = self.background_ended
         loop.watch(link, self.receive)
 
@@ -6780,10 +6727,7 @@ class Front:
 
     def receive(self) -> None:
         """Receive an exit status; the second one ends COMMAND."""
-        try:
-            data = os.read(self.link, 100)
-        except OSError:
-            data = b""
+        data = os.read(self.link, 100)
         self.received += data
         if not data:
             self.loop.forget(self.link)
@@ -6820,7 +6764,7 @@ class Front:
         code = self.ended[0] if self.ended else self.received[-1]
         if self.command and not self.ended:
             return self.run_command(code)
-        self.loop.give_back()
+        self.loop.restore_signals()
         if self.command and code == 0:
             become(self.command)
         return shell_status(code)
@@ -6878,20 +6822,20 @@ def own_channel(host: Host) -> Channel:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Install. A copy of this file that is not compiled at each call: a zip application (PEP 441) of its source and its
-# bytecode, behind the lines of sh that make it executable. Like these, its __main__ calls `launch`. The bytecode is two
-# .pyc files, of the code above the cut and below it; the first is imported as the module, and loads the second. Where
-# another .pyc has the hash of its source, these have their length and half of their own hash.
+# Install. A copy of this file that is not compiled at each call is a zip application (PEP 441) of the source and its
+# bytecode, behind the lines of sh that make it executable; its __main__ calls `launch`, as these lines do. The bytecode
+# is two .pyc files, of the code above the cut and below it: the first is imported as the module and loads the second.
+# In place of the hash of the source, they have their length and half of their own hash.
 # ----------------------------------------------------------------------------------------------------------
 
-PLACE = 2048  # bytes for each: `python3 PATH` looks for __main__ where it was before the file was replaced
+PLACE = 2048  # bytes for the lines of sh, and for __main__: where a running `python3 PATH` looks for it, in any version
 COMPILE = f"""\
 import __future__
 import sys
 from _imp import source_hash
 from importlib.util import MAGIC_NUMBER
 from marshal import dumps
-text = sys.stdin.buffer.read().replace(b"\\nfrom __future__ import annotations\\n", b"\\n\\n", 1)  # it costs an import
+text = sys.stdin.buffer.read().replace({FUTURE!r}, b"", 1)  # it costs an import
 code = dumps(compile(text, {INSTALLED!r}, "exec", __future__.annotations.compiler_flag))
 head = MAGIC_NUMBER + bytes([1, 0, 0, 0]) + len(code).to_bytes(4, "little") + source_hash(0, code)[:4]
 sys.stdout.buffer.write(head + code)
@@ -6901,7 +6845,7 @@ COMPILING = ("-X", "no_debug_ranges", "-sSc", COMPILE)
 
 
 def slowness() -> str:
-    """Return what `serve` says in its log if each call compiles the source: a plain file, or another Python's copy."""
+    """Return advice for the log of `serve` if each call compiles the source: a plain file, or another Python's copy."""
     if slowness.__code__.co_filename == INSTALLED:
         return ""
     python = ".".join(map(str, sys.version_info[:2]))
@@ -6909,7 +6853,7 @@ def slowness() -> str:
 
 
 def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
-    """Return what an interpreter prints, in the same environment each time. Raises Refused if it fails."""
+    """Return the output of an interpreter, run without the user's settings for Python. Raises Refused if it fails."""
     import subprocess
 
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -6925,7 +6869,7 @@ def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
 
 
 def application(python: str) -> bytes:
-    """Return the copy to install, with the bytecode of an interpreter. Raises Refused, OSError."""
+    """Return the bytes of a copy with the bytecode of an interpreter. Raises Refused, OSError."""
     import shlex
     import zipfile
 
@@ -6953,76 +6897,78 @@ def application(python: str) -> bytes:
 
 
 def is_ours(data: bytes) -> bool:
-    """Return whether a file is a version of this program, plain or installed, undamaged or not."""
-    plain, copy = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS '), data.startswith(b"#!/bin/sh\n# coder_sync ")
-    return (plain and b"coder_sync.py serve" in data) or (copy and b", installed: a zip archive" in data[:100])
+    """Return whether a file is a version of this program, plain or installed, even if it is damaged."""
+    is_plain = data.startswith(b'#!/bin/sh\n""":"\nexec python3 -IS ') and b"coder_sync.py serve" in data
+    return is_plain or (data.startswith(b"#!/bin/sh\n# coder_sync ") and b", installed: a zip archive" in data[:100])
 
 
 def install(path: str, python: str) -> str:
-    """Write the copy to a temporary file, try it, and rename it to `path`; return where it is. Raises Refused."""
+    """Write a copy to a temporary file, run it, and rename it to `path`; return the real path. Raises Refused."""
     path = os.path.realpath(path)
-    if os.path.lexists(path) and not os.path.isfile(path):
+    exists = os.path.lexists(path)
+    if exists and not os.path.isfile(path):
         raise Refused(f"cannot install {path}: {'a directory' if os.path.isdir(path) else 'no regular file'} is there")
-    beside = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
-    for number in heeded((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, so that nothing is left beside it
+    temporary = os.path.join(os.path.dirname(path), f".coder-sync-{os.getpid()}-{time.time_ns():x}")
+    for number in not_ignored((signal.SIGTERM, signal.SIGHUP)):  # end by an exception, which removes the file
         signal.signal(number, lambda got, frame: sys.exit(128 + got))
     try:
-        if os.path.exists(path):
-            with open(path, "rb") as there:
-                old = there.read()
+        if exists:
+            with open(path, "rb") as file:
+                old = file.read()
             if old and not is_ours(old):
                 raise Refused(f"cannot install {path}: another program is there; remove it first")
         data = application(python)
-        with open(beside, "xb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            like = os.stat(path if os.path.exists(path) else beside)
-            os.chown(beside, like.st_uid, like.st_gid)
-            os.chmod(beside, like.st_mode & 0o755 | (like.st_mode & 0o444) >> 2)  # who may read may execute
+            model = os.stat(path if exists else temporary)
+            os.chown(temporary, model.st_uid, model.st_gid)
+            os.chmod(temporary, model.st_mode & 0o755 | (model.st_mode & 0o444) >> 2)  # who may read may execute
             os.fsync(file.fileno())
-        if ask_python(python or sys.executable, "-IS", beside, "--version") != f"coder_sync {__version__}\n".encode():
+        version = ask_python(python or sys.executable, "-IS", temporary, "--version")
+        if version != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
-        os.rename(beside, path)
+        os.rename(temporary, path)
     except OSError as error:
         raise Refused(f"cannot install {path}: {error.strerror}; nothing was changed") from None
     finally:
-        remove(beside)
+        remove(temporary)
     return path
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line. What `quick` does not read is parsed by argparse here; then the other commands.
+# Command line. argparse reads all command lines that `quick` does not; then the other commands.
 # ----------------------------------------------------------------------------------------------------------
 
 
 def usage_of(command: Command) -> str:
     """Return the usage line of a command."""
     forms = {None: "{}", "+": "{}...", "*": "[{}]..."}
-    names = [forms[words.get("nargs")].format(words["metavar"]) for words in (a.words for a in command.positionals)]
+    names = [forms[a.words.get("nargs")].format(a.words["metavar"]) for a in command.positionals]
     tail = {"": "", "*": " [-- COMMAND ARG...]", "+": " -- COMMAND ARG..."}[command.tail]
     return " ".join([PROGRAM, command.name, *names, "[OPTION]..."]) + tail
 
 
 def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.ArgumentParser:
-    """Return argparse's parser for arguments of a command. It raises UsageError."""
+    """Return a parser for some arguments of a command, which raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not fold the example
+    form: Any = argparse.RawDescriptionHelpFormatter  # which does not wrap the example
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
     parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
-        more: dict[str, Any] = {"default": argument.default, "type": argument.read} if argument.takes_value else {}
+        more: dict[str, Any] = {"default": argument.default, "type": argument.convert} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
         parser.add_argument(*argument.names, **{**argument.words, **more})
     return parser
 
 
 def command_first(argv: Sequence[str]) -> list[str]:
-    """Return a command line with its command in front of all options. Raises UsageError if there is none."""
+    """Return a command line with the command moved in front of the options. Raises UsageError if there is none."""
     words: list[str] = [*argv]
     options: list[str] = []
     commands = {"-h": "help", "--help": "help", "--version": "version"}
@@ -7042,20 +6988,22 @@ def command_first(argv: Sequence[str]) -> list[str]:
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, Args]:
-    """Parse a command line. Ends the process for --help. Raises UsageError."""
+    """Parse a command line with argparse; print the help page and exit for --help. Raises UsageError."""
     name, *words = command_first(argv)
     command, args = command_named(name), Args()
     words, args.command = split_tail(command, words)
-    end = words.index("--") if "--" in words else len(words)  # names follow
+    end = words.index("--") if "--" in words else len(words)  # only names follow, even with a dash
     options = [argument for argument in command.arguments if argument.is_option]
     try:
         _, names = parser_of(command, options).parse_known_args(words[:end], args)
         if args.help:
             put(help_page(command))
             raise SystemExit(0)
-        for option in (name.partition("=")[0] for name in names if name[:1] == "-"):
-            raise UsageError(f"no such option: {ascii(option)[:40]}{meant(resembling(option, command.options))}")
-        command.take(args, [*names, *words[end + 1 :]])
+        unknown = next((name.partition("=")[0] for name in names if name[:1] == "-"), "")
+        if unknown:
+            hint = did_you_mean(resembling(unknown, command.options))
+            raise UsageError(f"no such option: {ascii(unknown)[:40]}{hint}")
+        command.set_positionals(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
     except UsageError as error:
@@ -7067,7 +7015,7 @@ Command.parse = parse
 
 
 def help_page(command: Command) -> str:
-    """Return the help on a command."""
+    """Return the help page of a command."""
     return parser_of(command, command.arguments).format_help()
 
 
@@ -7076,7 +7024,7 @@ def command_named(name: str) -> Command:
     if name == "exp":
         raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
     if name not in COMMANDS:
-        hint = meant(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
+        hint = did_you_mean(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
         raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
     return COMMANDS[name]
 
@@ -7094,7 +7042,7 @@ def group_id(name: str) -> int:
 
     try:
         number = int(name[:20]) if name.isdecimal() else grp.getgrnam(name).gr_gid
-        if number < (1 << 32) - 1:  # the last number stands for none
+        if number < (1 << 32) - 1:  # for chown(2), the last number means no change
             return number
     except KeyError:
         pass
@@ -7102,12 +7050,12 @@ def group_id(name: str) -> int:
 
 
 def output_option(*forms: str) -> Argument:
-    """Return the option that chooses one of several forms, the first by default."""
+    """Return the option --output; the first form is the default."""
     return Argument("-o", "--output", choices=forms, default=forms[0], help="form")
 
 
-def units_or(default: str) -> Argument:
-    """Return the positional for any number of units; `default` says what is meant if none is named."""
+def units_argument(default: str) -> Argument:
+    """Return the positional for any number of units; `default` says which units are meant without it."""
     return Argument("units", nargs="*", metavar="UNIT", help=f"names of units (default: {default})")
 
 
@@ -7115,7 +7063,7 @@ COLUMN = Argument("-c", "--column", metavar="COLUMNS", help="columns to show, se
 
 
 def timeline_writer(path: str) -> Callable[[Graph], None]:
-    """What writes the timeline to a file, in the form that its ending names. Raises UsageError, at once."""
+    """Return a function that writes the timeline to a file, in the form of its extension. Raises UsageError."""
     form = os.path.splitext(path)[1].lstrip(".")
     if form not in ("svg", "json", "txt"):
         raise UsageError(f"{printable(path)}: the name must end in .svg, .json or .txt")
@@ -7140,7 +7088,7 @@ TIMELINE = Argument("--timeline", type=timeline_writer, default=None, metavar="F
     QUIET,
     flag("-v", "--verbose", help="log every request"),
     flag("-d", "--detach", help="go to the background once connections are accepted"),
-    flag("--replace", help="end the agent that serves there, and take its place"),
+    flag("--replace", help=f"end the agent that serves there (its services have {GRACE:g} s), and take its place"),
     Argument("--log-file", metavar="FILE", help="write the log there (default: to standard error)"),
     Argument("--pid-file", metavar="FILE", help="write the process id there"),
     TIMELINE,
@@ -7152,44 +7100,39 @@ def cmd_serve(args: Args) -> int:
     """Run the agent: until a signal, or for the life of COMMAND on a private socket."""
     enabled = os.environ.get("CODER_AGENT_SOCKET_SERVER_ENABLED", "").lower()
     if enabled in ("false", "0", "no"):
-        put("not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is " + enabled + "\n", 2)
+        put(f"not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled}\n", 2)
         return supervise(Loop(), args.command, environment()) if args.command else 0
     if enabled not in ("", "true", "1", "yes"):
         raise UsageError(f"CODER_AGENT_SOCKET_SERVER_ENABLED is {enabled!a}; use true or false")
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
-    is_private = args.command and not args.socket_path  # the command's output is what matters
-    level = 2 * args.verbose or int(not args.quiet and not is_private)
-    if args.detach and not args.log_file:
-        level = -1
-    options: dict[str, Any] = {
-        "mode": args.mode or (0o600 if args.group is None else 0o660),
-        "group": -1 if args.group is None else args.group,
-        "level": level,
-        "log_file": args.log_file and os.path.abspath(args.log_file),
-        "pid_file": args.pid_file and os.path.abspath(args.pid_file),
-        "timeline": args.timeline,
-        "replace": make_room if args.replace else None,
-        "advice": slowness(),
-    }
+    directory = private_directory() if args.command and not args.socket_path else ""
+    level = 2 * args.verbose or int(not (args.quiet or directory))  # the output of COMMAND matters more
+    host = Host(
+        f"{directory}/agent.sock" if directory else os.path.abspath(agent_path(args.socket_path)),
+        mode=args.mode or (0o600 if args.group is None else 0o660),
+        group=-1 if args.group is None else args.group,
+        level=-1 if args.detach and not args.log_file else level,
+        log_file=args.log_file and os.path.abspath(args.log_file),
+        pid_file=args.pid_file and os.path.abspath(args.pid_file),
+        replace=make_room if args.replace else None,
+        timeline=args.timeline,
+        alone=not args.command,
+        advice=slowness(),
+    )
     if not args.command:
-        serve(Host(os.path.abspath(agent_path(args.socket_path)), alone=True, **options), args.detach)
+        serve(host, args.detach)
         return 0
-    from contextlib import ExitStack
-    from tempfile import TemporaryDirectory
-
     try:
-        with ExitStack() as at_end:
-            path = args.socket_path or at_end.enter_context(TemporaryDirectory(prefix="coder-sync-")) + "/agent.sock"
-            return serve_command(Host(os.path.abspath(path), **options), args.command)
-    except OSError as error:
-        raise CommandError(f"cannot make a private socket: {error.strerror}; name a --socket-path", 125) from None
+        return serve_command(host, args.command)
     except Refused as error:
         raise CommandError(str(error), 125) from None
+    finally:
+        remove_directory(directory)
 
 
 def make_room(path: str) -> bool:
-    """Tell the agent at a path to end, if there is one; return False if it does not answer for 3 seconds."""
+    """Tell the agent at a path, if there is one, to end; return False if it has not answered after 3 seconds."""
     answered, began = False, time.monotonic()
     try:
         with Channel(path) as channel:
@@ -7218,7 +7161,7 @@ def cmd_ping(args: Args) -> None:
     flag("--check", help="only check the headers, and show the order"),
     flag("--resume", help="do not run again what the agent has as completed"),
     flag("--fail-fast", help="stop everything at the first failure"),
-    Argument("--grace", type=duration, default="8s", metavar="DURATION", help="time to end when told to"),
+    Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end when told to"),
     Argument("--log-dir", metavar="DIR", help="keep each unit's output in a file there"),
     TIMELINE,
     flag("--always", help="become COMMAND even if a unit failed"),
@@ -7228,12 +7171,12 @@ def cmd_ping(args: Args) -> None:
 )
 def cmd_boot(args: Args) -> int:
     """Run the scripts of a directory in the order that their headers ask for (`help headers`); then become COMMAND."""
-    path = os.path.abspath(agent_path(args.socket_path))  # also for scripts that go elsewhere
+    path = os.path.abspath(agent_path(args.socket_path))  # scripts may change their working directory
     try:
         scripts = plan(args.paths, may_be_empty=bool(args.command))
     except UsageError as error:
-        forgotten = not args.command and not all(map(os.path.exists, args.paths[1:]))
-        hint = "\ndid you forget -- before the command?" if forgotten else ""
+        may_be_command = not args.command and not all(map(os.path.exists, args.paths[1:]))
+        hint = "\ndid you forget -- before the command?" if may_be_command else ""
         raise UsageError(f"nothing was run:\n{error}{hint}") from None
     if args.check:
         put(plan_text(scripts))
@@ -7242,22 +7185,22 @@ def cmd_boot(args: Args) -> int:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
     if not scripts:
         become(args.command)
-    given = {name: value for name, value in vars(args).items() if name in BootOptions._fields}
-    given["command"] = args.command[0] if args.command else ""
+    values = {**vars(args), "command": [*args.command, ""][0]}
+    options = BootOptions(**{name: values[name] for name in BootOptions._fields})
     loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # for the Loop that the other process will have
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # until the background process has its own Loop
     directory, child = private_directory(), 0
     try:
         child, link = in_background()
         if child:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             return Front(loop, child, link, directory, args.command, args.grace).run(args.stay)
-        boot = Boot(scripts, BootOptions(**given), link, directory)
+        boot = Boot(scripts, options, link, directory)
         code = boot_at(path, boot)
     finally:
         if not child:
             remove_directory(directory)
-    boot.loop.give_back()
+    boot.loop.restore_signals()
     return code
 
 
@@ -7272,17 +7215,18 @@ def cmd_install(args: Args) -> None:
     python = os.path.abspath(args.python) if "/" in args.python else args.python
     for path in args.paths or [FILE]:
         say(f"{install(path, python)}: installed for {python or sys.executable}", quiet=args.quiet)
+    if python:
+        return
     try:
-        tag = "import sys; print(sys.implementation.cache_tag)"
-        other = not python and ask_python("python3", "-IS", "-c", tag).decode().strip() != sys.implementation.cache_tag
-    except Refused:  # there is none
-        other = True
-    if other:
+        tag = ask_python("python3", "-IS", "-c", "import sys; print(sys.implementation.cache_tag)").decode().strip()
+    except Refused:
+        tag = ""
+    if tag != sys.implementation.cache_tag:
         which = "which is another Python, or not there"
         put(f"warning: calls start `python3`, {which}; if it is to be this one: --python {sys.executable}\n", 2)
 
 
-@Command("reset pip-install", units_or("all"), QUIET)
+@Command("reset pip-install", units_argument("all"), QUIET)
 def cmd_reset(args: Args) -> None:
     """Make units that have ended pending again, and those skipped because of them."""
     names = make_client(args).reset(*args.units)
@@ -7291,7 +7235,7 @@ def cmd_reset(args: Args) -> None:
 
 @Command(
     "stop db --grace 30s",
-    units_or("all"),
+    units_argument("all"),
     Argument("--grace", type=duration, default=f"{GRACE:g}s", metavar="DURATION", help="time to end before KILL"),
     QUIET,
 )
@@ -7308,7 +7252,7 @@ def cmd_stop(args: Args) -> None:
 
 @Command("shutdown", QUIET)
 def cmd_shutdown(args: Args) -> None:
-    """End the agent, and return when it has ended."""
+    """End the agent, and return when it has ended; services have 8 s to end."""
     client = make_client(args)
     client.shutdown()
     say(f"agent at {client.socket_path}: ended", quiet=args.quiet)
@@ -7316,7 +7260,7 @@ def cmd_shutdown(args: Args) -> None:
 
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
-    """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
+    """Print the variables that the dependencies of UNIT have left for it, for `eval`."""
     lines = []
     for name, value in make_client(args).env(args.unit).items():
         if not is_variable(name):
@@ -7345,7 +7289,7 @@ def cmd_list(args: Args) -> None:
     put(json_text(plain_units(units, LIST_KEYS)) if args.output == "json" else list_text(units, args.column))
 
 
-@Command("why pip-install", units_or("all that is stuck"))
+@Command("why pip-install", units_argument("all that is stuck"))
 def cmd_why(args: Args) -> None:
     """Say why UNIT waits, was skipped, failed or took so long; without UNIT, what is stuck."""
     names = list(map(check_name, args.units))
@@ -7363,6 +7307,7 @@ def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
     if args.output != "text" and (args.blame or args.compare):
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
+    graph = make_client(args).graph()
     if args.compare:
         try:
             with open(open_file(args.compare), "rb") as f:
@@ -7370,8 +7315,6 @@ def cmd_timeline(args: Args) -> None:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
-    graph = make_client(args).graph()
-    if args.compare:
         put(compare_text(before, Startup(graph)))
     elif args.blame:
         put(blame_text(graph, terminal()[0]))
@@ -7381,7 +7324,7 @@ def cmd_timeline(args: Args) -> None:
         put(timeline_as(args.output, graph))
 
 
-@Command("graph pip-install --output mermaid", units_or("all"), output_option("tree", "dot", "mermaid", "json"))
+@Command("graph pip-install --output mermaid", units_argument("all"), output_option("tree", "dot", "mermaid", "json"))
 def cmd_graph(args: Args) -> None:
     """Show what depends on what, for all units or for some."""
     graph = part_of(make_client(args).graph(), args.units)
@@ -7442,22 +7385,22 @@ def help_exit_codes() -> str:
     return (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n"
 
 
-def help_json() -> str:
-    """Return the help on what is printed as JSON."""
+def key_comments(kind: type[Record]) -> dict[str, str]:
+    """Return the keys of a record in JSON, each with its comment in the source."""
     import re
 
     with open(FILE, "rb") as file:
         source = source_in(file.read()).decode()
+    fields = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
+    comments = re.findall(r"^    (\w+): .*?(?:  # (.*))?$", fields, re.M)
+    return {key: text for key, text in comments if key not in NOT_SENT}
 
-    def keys(kind: type[Record]) -> dict[str, str]:  # what the source says of each, in the comment behind it
-        body = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
-        found = dict(re.findall(r"^    (\w+): .*?(?:  # (.*))?$", body, re.M))
-        return {name: text for name, text in found.items() if name not in NOT_SENT}
 
-    rows = [
-        [key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), text]
-        for key, text in keys(UnitStatus).items()
-    ]
+def help_json() -> str:
+    """Return the help on what is printed as JSON."""
+    rows = []
+    for key, comment in key_comments(UnitStatus).items():
+        rows.append([key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), comment])
     text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
@@ -7468,8 +7411,9 @@ Times, as "started", are seconds since the agent began, in a timeline since the 
 not been is null. Newer versions may add keys.
 """
     events = "what `events` prints, one object a line"
-    for what, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
-        text += f"\nKeys of {what}:\n" + "".join(f"  {key.ljust(17)} {about}\n" for key, about in keys(kind).items())
+    for title, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
+        lines = [f"  {key.ljust(17)} {comment}\n" for key, comment in key_comments(kind).items()]
+        text += f"\nKeys of {title}:\n" + "".join(lines)
     return text
 
 
@@ -7566,24 +7510,20 @@ def cmd_completion(args: Args) -> None:
     """Print a script with which a shell completes our command lines."""
     import shlex
 
-    if args.command:
-        line, point = getenv("COMP_LINE"), getenv("COMP_POINT")
-        if args.shell == "bash" and point.isdecimal() and len(point) < 10:
-            typed = os.fsencode(line)[: int(point)].decode(errors="surrogateescape")
-            found = bash_candidates(typed, [*args.command, ""][1])
-        else:
-            found = candidates(args.command)
-        put("".join(word + "\n" for word in found))
+    if not args.command:
+        path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
+        put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
-    put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
+    if args.shell == "bash":
+        line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
+        found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
+    else:
+        found = candidates(args.command)
+    put("".join(word + "\n" for word in found))
 
 
 def bash_candidates(line: str, word: str) -> list[str]:
-    """Return what `word` may become, as bash is to insert it: it completes only what follows a `:` or `=` in `line`.
-
-    Nothing inside of quotes.
-    """
+    """Return what may replace `word`, the end of `line` behind a `:` or `=`, quoted for bash; nothing inside quotes."""
     import re
     import shlex
 
@@ -7592,35 +7532,32 @@ def bash_candidates(line: str, word: str) -> list[str]:
     except ValueError:  # a quote is open
         return []
     words += [""] if line[-1:].isspace() else []
-    done = len(words[-1]) - len(word.replace("\\", ""))
-    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[done:]) for found in candidates(words[1:])]
+    size = len(words[-1]) - len(word.replace("\\", ""))  # of the part that bash leaves as it is
+    return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[size:]) for found in candidates(words[1:])]
 
 
 def candidates(words: Sequence[str]) -> list[str]:
-    """Return what the last word of a command line may become; nothing where it is a file, or not ours to know."""
+    """Return what the last word of a command line may become: options, choices, commands, units."""
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    option, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
-    before += [option] * bool(equals)
-    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": none yet
     try:
         command = commands.get(command_first([*before, ""])[0])
     except UsageError:
         return []
     if command is None or "--" in before:
         return []
-    asked = command.positionals
-    if before and before[-1] in command.options and command.options[before[-1]].takes_value:
-        asked = [command.options[before[-1]]]
-    found = [*command.options] if last[:1] == "-" else []
-    found += [choice for argument in asked for choice in argument.words.get("choices", ())]
-    metavars = {argument.words.get("metavar") for argument in asked}
+    option = command.options.get(before[-1]) if before else None
+    arguments = [option] if option and option.takes_value else command.positionals
+    found = [*command.options] if words[-1][:1] == "-" else []
+    found += [choice for argument in arguments for choice in argument.words.get("choices", ())]
+    metavars = {argument.words.get("metavar") for argument in arguments}
     found += [*COMMANDS, *TOPICS] if "TOPIC" in metavars else []
     found += known_units(before) if metavars & {"UNIT", "DEP"} else []
-    return [option + equals + word for word in found if word.startswith(last)]
+    return [word for word in found if word.startswith(words[-1])]
 
 
 def known_units(words: Sequence[str]) -> list[str]:
-    """The names that the agent of a command line knows; none if there is no agent, or it does not answer at once."""
+    """Return the units of the agent that a command line addresses; none if it does not answer within a second."""
     try:
         path = Client(dict(zip(words, words[1:])).get("--socket-path", "")).socket_path
         with Channel(path) as channel:
@@ -7631,4 +7568,5 @@ def known_units(words: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    gc.enable()
     main()

@@ -2046,7 +2046,6 @@ COMPLETIONS = {
     "start ": UNITS_THERE,
     "start a --w": ["--want"],
     "list -o ": ["table", "json"],
-    "list --output=j": ["--output=json"],
     "completion ": ["bash", "zsh"],
     "run pip --quiet -- a": [],
     "serve --log-file ": [],
@@ -2105,7 +2104,6 @@ TYPED = {  # before the Tab, and after
     "start a:b": "start a:b ",
     "start my\\ u": "start my\\ unit ",
     "start it": "start it\\'s\\ \\$\\(exit\\) ",
-    "list --output=j": "list --output=json ",
     "boot /dev/nul": "boot /dev/null ",
 }
 
@@ -2418,6 +2416,14 @@ def test_a_start_that_is_to_be_confirmed_is_granted_only_then(shared: World) -> 
     assert "waiting" in other.read()["method"]
     peer.close()  # and what it was granted goes to the next
     assert "result" in other.read()
+
+
+def test_an_answer_that_is_never_confirmed_counts_as_delivered_after_a_time(world: World) -> None:
+    answering(world, altered("coder_sync.CONFIRM_TIMEOUT = 0.1", "serve", "-q"))
+    peer, other = world.connect(), world.connect()
+    assert "result" in peer.call("start", unit="a", confirm=True)
+    other.request("start", unit="a")
+    assert other.read()["error"]["message"].startswith('unit "a" is already started')
 
 
 # -- limits ------------------------------------------------------------------------------------------------
@@ -2798,7 +2804,12 @@ def read_now(fd: int) -> str:
 def test_a_detached_agent_is_there_and_on_its_own(world: World) -> None:
     log, pid_file = world.directory / "log", world.directory / "pid"
     for _ in range(2):
-        done = world.run("serve", "--detach", "--log-file", "log", "--pid-file", "pid", stdin=subprocess.PIPE)
+        with open(log, "a") as held, open(log) as other:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            process = world.popen("serve", "-d", "--log-file", "log", "--pid-file", "pid", pass_fds=[held.fileno()])
+            done = finish(process)  # which waits for its pipes to be closed
+            held.close()
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         pid = world.client.ping()["pid"]  # no retries: it must be there
         assert os.getsid(pid) == pid == int(pid_file.read_text())
@@ -2813,18 +2824,6 @@ def test_a_detached_agent_is_there_and_on_its_own(world: World) -> None:
     assert (log.read_text().count("stopping: got SIGTERM"), log.read_text().count("SIGHUP")) == (2, 0)
 
 
-@pytest.mark.parametrize("place", ["", pytest.param("/dev", marks=NAMESPACES)])
-def test_a_detached_agent_keeps_nothing_of_its_callers_open(world: World, place: str) -> None:
-    with open(world.directory / "lock", "w") as mine, open(world.directory / "lock") as other:
-        fcntl.flock(mine, fcntl.LOCK_EX)
-        argv = [*(without(place) if place else []), *program(), "serve", "--detach"]
-        done = finish(world.spawn(argv, pass_fds=[mine.fileno()]))  # which waits for its pipes to be closed
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        mine.close()
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        served(world)
-
-
 @NAMESPACES
 def test_a_command_runs_where_dev_and_proc_are_empty(world: World) -> None:
     argv = [*without("/dev", "/proc"), *program()]
@@ -2834,22 +2833,15 @@ def test_a_command_runs_where_dev_and_proc_are_empty(world: World) -> None:
     assert finish(world.spawn(["sh", "-c", script, "-", *argv])).returncode == 4
 
 
-@pytest.mark.parametrize(
-    ("trouble", "code", "message", "ignored"),
-    [
-        ("raise MemoryError", 125, "error: internal error .*", True),
-        ("import os; os.kill(os.getpid(), 9)", 137, "error: the agent ended before .*: killed by signal 9", False),
-    ],
-    ids=["no-memory", "killed"],
-)
-def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(
-    world: World, trouble: str, code: int, message: str, ignored: bool
-) -> None:
-    changes = f"def notify(state):\n    {trouble}\ncoder_sync.notify = notify"
-    before = (lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)) if ignored else None
-    done = finish(world.spawn(altered(changes, "serve", "--detach"), preexec_fn=before))
-    assert done.returncode == code
-    assert re.fullmatch(message + "\n", done.stderr)
+def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(world: World) -> None:
+    for trouble, code, message in (
+        ("raise MemoryError", 125, "error: internal error .*"),
+        ("import os; os.kill(os.getpid(), 9)", 137, "error: the agent ended before .*: killed by signal 9"),
+    ):
+        argv = altered(f"def notify(state):\n    {trouble}\ncoder_sync.notify = notify", "serve", "--detach")
+        done = finish(world.spawn(argv, preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)))
+        assert done.returncode == code
+        assert re.fullmatch(message + "\n", done.stderr)
 
 
 # -- who may serve where ----------------------------------------------------------------------------------------
@@ -2891,21 +2883,15 @@ def open_directory(mode: int = 0o755) -> Iterator[str]:
         yield directory
 
 
-@pytest.mark.parametrize(
-    ("mode", "words", "message"),
-    [
+def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(world: World) -> None:
+    for mode, words, message in (
         (0o555, "{0}/run/agent.sock", ".*{0}/.*: Permission denied; .*"),
         (0o777, "{0}/agent.sock --group 12", "cannot give {0}/agent.sock to group 12: be a member of the group, or.*"),
-    ],
-    ids=["directory", "group"],
-)
-def test_what_a_user_may_not_do_is_refused_and_nothing_is_left(
-    world: World, mode: int, words: str, message: str
-) -> None:
-    with open_directory(mode) as directory:
-        done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
-        assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr), done
-        assert os.listdir(directory) == []
+    ):
+        with open_directory(mode) as directory:
+            done = finish(world.spawn(stranger("serve", "--socket-path", *words.format(directory).split())))
+            assert done.returncode == 1 and re.fullmatch(f"error: {message.format(directory)}\n", done.stderr), done
+            assert os.listdir(directory) == []
 
 
 @ROOT
@@ -2926,16 +2912,15 @@ def test_a_lock_of_another_user_is_named_as_such(call: Call, world: World) -> No
     assert call(world, "serve").stderr.startswith(f"error: {lock} (of user nobody) is not a regular file; ")
 
 
-@pytest.mark.parametrize("umask", [0, 0o077])
-def test_the_socket_and_its_directories_have_the_permissions_asked_for(world: World, umask: int) -> None:
+def test_the_socket_and_its_directories_have_the_permissions_asked_for(world: World) -> None:
     gid = grp.getgrall()[1].gr_gid if os.getuid() == 0 else os.getgid()
     world.path = str(world.directory / "run" / "user" / "agent.sock")
-    for options, mode, group in (
-        ([], 0o600, os.getgid()),
-        (["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
-        (["--group", str(gid), "--mode", "646"], 0o646, gid),
+    for umask, options, mode, group in (
+        (0, [], 0o600, os.getgid()),
+        (0o077, ["--group", grp.getgrgid(gid).gr_name], 0o660, gid),
+        (0o077, ["--group", str(gid), "--mode", "646"], 0o646, gid),
     ):
-        agent = world.serve("--socket-path", world.path, *options, preexec_fn=lambda: os.umask(umask))
+        agent = world.serve("--socket-path", world.path, *options, preexec_fn=lambda umask=umask: os.umask(umask))
         found = os.stat(world.path)
         assert (stat.S_IMODE(found.st_mode), found.st_gid) == (mode, group), options
         assert [stat.S_IMODE(os.stat(world.directory / d).st_mode) for d in ("run", "run/user")] == [0o700, 0o700]
@@ -2943,20 +2928,18 @@ def test_the_socket_and_its_directories_have_the_permissions_asked_for(world: Wo
         assert os.listdir(world.directory / "run" / "user") == []
 
 
-NOT_SERVED = [
-    ("true", "", 2, "error: .*true"),
-    ("", "false", 0, "not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is false"),
-    ("", "NO", 0, "not serving: CODER_AGENT"),
-    *(("--detach -- true", yes, 2, "error: .*exclude each other") for yes in ("", "True", "1", "yes")),
-    ("", "maybe", 2, "error: CODER_AGENT_SOCKET_SERVER_ENABLED is 'maybe'; use true or false"),
-]
-
-
-def test_an_agent_wrongly_asked_for_or_not_enabled_does_not_serve(call: Call, world: World) -> None:
-    for words, enabled, code, said in NOT_SERVED:
-        done = call(world, "serve", *words.split(), CODER_AGENT_SOCKET_SERVER_ENABLED=enabled)
-        assert done.returncode == code and re.fullmatch(f"{said}.*\n", done.stderr), (words, enabled, done)
+def test_an_agent_that_is_not_enabled_does_not_serve(call: Call, world: World) -> None:
+    for enabled, code, said in (
+        ("false", 0, "not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is false\n"),
+        ("NO", 0, "not serving: CODER_AGENT_SOCKET_SERVER_ENABLED is no\n"),
+        ("maybe", 2, "error: CODER_AGENT_SOCKET_SERVER_ENABLED is 'maybe'; use true or false\n"),
+    ):
+        done = call(world, "serve", CODER_AGENT_SOCKET_SERVER_ENABLED=enabled)
+        assert (done.returncode, done.stderr) == (code, said)
         assert os.listdir(world.directory) == []
+    for enabled in ("", "True", "1", "yes"):
+        done = call(world, "serve", "--detach", "--", "true", CODER_AGENT_SOCKET_SERVER_ENABLED=enabled)
+        assert done.returncode == 2 and "--detach and -- COMMAND exclude each other" in done.stderr, enabled
 
 
 @pytest.mark.parametrize(("value", "test"), [("0", "! -S"), ("1", "-S")], ids=["disabled", "enabled"])
@@ -3086,19 +3069,13 @@ def test_of_several_that_replace_one_that_does_not_end_one_is_left(world: World)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_agent_that_is_stopped_tells_who_waits_and_leaves_nothing_behind(world: World, number: int) -> None:
     agent = world.serve(stderr=subprocess.PIPE)
-    peer = world.connect()
-    peer.request("wait", "w", units=["never"])
-    peer.request("start", "s", unit="a", dependencies=["never"])
-    process = world.popen("start", "b", "--want", "never")
-    world.waiting("a", "b")
+    clients = [world.popen("wait", "never"), world.popen("start", "a", "--want", "never")]
+    assert all("never not registered" in line_of(client.stdout) for client in clients)
     done = stopped(agent, number)
     assert done.returncode == 0 and f"stopping: got {signal.Signals(number).name}" in done.stderr
     assert os.listdir(world.directory) == []
-    told = {message["id"]: message["error"]["message"] for message in (peer.read(), peer.read())}
-    assert told == {"s": "the agent is shutting down", "w": "the agent is shutting down"}
-    assert peer.read() is None
-    client = finish(process)
-    assert (client.returncode, client.stderr) == (3, "error: the agent is shutting down\n")
+    for client in map(finish, clients):
+        assert (client.returncode, client.stderr) == (3, "error: the agent is shutting down\n")
 
 
 # -- a command, under `serve` and under `run` -----------------------------------------------------------------
@@ -3117,15 +3094,6 @@ def temporary(world: World) -> Path:
     directory.mkdir()
     world.env["TMPDIR"] = str(directory)
     return directory
-
-
-def on_pty(world: World, *words: str) -> tuple[int, int]:
-    """The pid of a call that leads the session of a terminal, and the terminal's other end."""
-    argv = [*program(), *words]
-    pid, master = pty.fork()
-    if pid == 0:
-        os.execve(argv[0], argv, world.env)
-    return pid, master
 
 
 def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(world: World, temporary: Path) -> None:
@@ -3148,7 +3116,8 @@ def test_our_own_failure_before_the_command_is_125(call: Call, agent: World, tem
     taken = call(agent, "serve", "--socket-path", agent.path, "--", "echo", "ran")
     deep = temporary / ("x" * 110)
     deep.mkdir()
-    deeper = agent.run("serve", "--", "echo", "ran", env={**agent.env, "TMPDIR": str(deep)})
+    deeper = agent.run("serve", "--socket-path", f"{deep}/socket", "--", "echo", "ran")
+    assert agent.ok("serve", "--", "echo", "ran", env={**agent.env, "TMPDIR": str(deep)}) == "ran\n"  # not there
     pid = agent.client.ping()["pid"]
     for done, said in ((taken, f"(pid {pid})"), (deeper, "too long for a socket path")):
         assert (done.returncode, done.stdout) == (125, "") and said in done.stderr
@@ -3162,44 +3131,29 @@ print(sys.stdin.read(), os.environ.get("CODER_SYNC_UNIT", ""), os.environ["EXTRA
 print("err", file=sys.stderr)
 default = [n for n in range(1, 32) if signal.getsignal(n) not in (signal.SIG_DFL, signal.default_int_handler)]
 print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), [n for n in default if n not in (13, 25)])
-print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4])"""
+print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4], flush=True)
+os._exit(255)"""
     argv = [*words, "-q", "--", *PYTHON, code, "a b", "--", "-o"]
-    process = shared.popen(*argv, env={**shared.env, "EXTRA": "x"}, stdin=subprocess.PIPE)
+    ignore = lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # noqa: E731
+    env = {**shared.env, "EXTRA": "x"}
+    process = shared.popen(*argv, env=env, stdin=subprocess.PIPE, preexec_fn=ignore)
     out, err = process.communicate("hello", timeout=PATIENCE)
     first, second, third = out.splitlines()
     unit = words[1] if words[0] == "run" else ""
-    assert (process.returncode, first, err) == (0, f"hello {unit} x ['a b', '--', '-o']", "err\n")
+    assert (process.returncode, first, err) == (255, f"hello {unit} x ['a b', '--', '-o']", "err\n")
     assert second == "[] []"
     assert third in ("[0, 1, 2]", "[0, 1, 2, 3]")  # the last is what lists them
 
 
 def test_a_command_that_cannot_be_run_is_127_or_126(agent: World) -> None:
     (agent.directory / "plain").write_text("#!/bin/sh\n")
-    for words, command, code in (
-        ("run a", "missing-command", 127),
-        ("run a", "./missing", 127),
-        ("run a", "./plain", 126),
-        ("run a", "", 127),
-        ("serve", "./missing", 127),
-        ("serve", "./plain", 126),
-    ):
-        done = agent.run(*words.split(), "--", command)
-        assert done.returncode == code, done
-        assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr), done
-        if words == "run a":
-            failed = agent.client.status("a")
-            assert (failed.status, failed.exit_code) == ("failed", code), command
-            assert f"cannot run {command}" in failed.reason
-
-
-def test_the_exit_status_of_a_command_is_returned_even_to_who_ignores_it(
-    shared: World, temporary: Path, world: World, words: list[str]
-) -> None:
-    ignore = lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # noqa: E731
-    env = {**world.env, "CODER_AGENT_SOCKET_PATH": shared.path}
-    for script, code, before in (("exit 255", 255, ignore), ("exec sleep 0.05", 0, ignore), ("kill -9 $$", 137, None)):
-        done = world.run(*words, "--", "sh", "-c", script, env=env, preexec_fn=before)
-        assert (done.returncode, os.listdir(temporary)) == (code, []), script
+    for words in (["serve"], ["run", "a"]):
+        for command, code in (("missing-command", 127), ("", 127), ("./missing", 127), ("./plain", 126)):
+            done = agent.run(*words, "--", command)
+            assert done.returncode == code, done
+            assert re.fullmatch(f"error: .*cannot run {command}: .*\n", done.stderr), done
+    failed = agent.client.status("a")
+    assert (failed.status, failed.exit_code) == ("failed", 126) and "cannot run ./plain" in failed.reason
 
 
 def test_signals_reach_the_command(shared: World, words: list[str]) -> None:
@@ -3212,7 +3166,10 @@ def test_signals_reach_the_command(shared: World, words: list[str]) -> None:
 
 
 def test_a_key_reaches_the_command_once_and_a_signal_from_elsewhere_too(shared: World, words: list[str]) -> None:
-    pid, master = on_pty(shared, *words, "--", *PYTHON, CATCH)
+    argv = [*program(), *words, "--", *PYTHON, CATCH]
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execve(argv[0], argv, shared.env)
     shown_on(master, b"ready")
     for key, number in ((b"\x03", 2), (b"\x1c", 3)):
         os.write(master, key)
@@ -3223,23 +3180,6 @@ def test_a_key_reaches_the_command_once_and_a_signal_from_elsewhere_too(shared: 
     shown_on(master, b"got 15")
     assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 9
     os.close(master)
-
-
-def test_a_command_ends_when_its_terminal_hangs_up(shared: World, words: list[str]) -> None:
-    pid, master = on_pty(shared, *words, "--", "sh", "-c", "echo on; exec sleep 9")
-    shown_on(master, b"on\r\n")
-    os.close(master)
-    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 129
-
-
-def test_a_signal_that_was_ignored_from_the_start_stays_so(shared: World, words: list[str]) -> None:
-    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    script = ["sh", "-c", "echo on; read x; exit 3"]
-    process = shared.popen(*words, "--", *script, preexec_fn=ignore, stdin=subprocess.PIPE)
-    assert line_of(process.stdout) == "on\n"
-    os.killpg(process.pid, signal.SIGHUP)
-    process.communicate("\n", timeout=PATIENCE)
-    assert process.returncode == 3
 
 
 def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(world: World) -> None:
@@ -3253,23 +3193,6 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
         assert process.wait(5) == 128 + number, number
 
 
-def test_a_run_that_cannot_report_that_it_is_ready_passes_signals_on(world: World) -> None:
-    agent = world.serve()
-    traps = "trap 'echo ended >> out; exit 3' TERM; echo began >> out; while :; do sleep 0.01; done"
-    probe = "test -e ready && : > probed"
-    process = world.popen("run", "a", "--ready", probe, "--", "sh", "-c", traps)
-    out = world.directory / "out"
-    until(out.exists)
-    stop(agent)
-    (world.directory / "ready").touch()
-    until((world.directory / "probed").exists)
-    at_rest(process.pid)
-    process.terminate()
-    until(lambda: out.read_text() == "began\nended\n")
-    agent.send_signal(signal.SIGCONT)
-    assert process.wait(PATIENCE) in (3, 143)
-
-
 def test_what_a_command_does_to_its_private_directory_changes_nothing(agent: World) -> None:
     agent.env["TMPDIR"] = str(agent.directory)
     for what in ("rm -r $dir", "mkdir -p $dir/a/b; touch $dir/a/b/c", "rm $NOTIFY_SOCKET"):
@@ -3277,13 +3200,6 @@ def test_what_a_command_does_to_its_private_directory_changes_nothing(agent: Wor
         assert agent.run("run", "a", "--ready", "notify", "--", "sh", "-c", script).returncode == 7
         assert agent.client.status("a").reason == "ended before it was ready (exit code 7)"
         assert not list(agent.directory.glob("coder-sync-*"))
-
-
-def test_what_a_try_that_fails_leaves_to_others_does_not_count(agent: World) -> None:
-    script = "mkdir again || exec sh -c 'echo B=2 >> $CODER_SYNC_ENV'; echo A=1 > $CODER_SYNC_ENV; exit 1"
-    agent.ok("run", "a", "--retry", "1", "--retry-delay", "0", "--", "sh", "-c", script)
-    agent.client.want("b", "a")
-    assert agent.client.env("b") == {"B": "2"}
 
 
 def children_of(pid: int) -> dict[int, str]:
@@ -3347,25 +3263,6 @@ def test_a_process_of_another_pid_namespace_is_not_taken_for_dead(agent: World) 
     assert owner is not None and owner.pid < 100 and owner.alive is None
     assert f"runs on as sleep 60 (pid {owner.pid})" in agent.ok("list")
     assert agent.client.stop() == ["a"] and finish(run).returncode == 143
-
-
-GIVE_BACK = """
-import os, signal
-usual = signal.pthread_sigmask(signal.SIG_BLOCK, [15])
-loop = coder_sync.Loop((15, 28))
-os.kill(os.getpid(), {})
-try:
-    loop.give_back()
-finally:
-    unchanged = {{signal.getsignal(number) for number in (15, 28, signal.SIGCHLD)}} == {{signal.SIG_DFL}}
-    print(unchanged, signal.pthread_sigmask(signal.SIG_BLOCK, []) == usual, flush=True)
-"""
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGWINCH, 0)], ids=["TERM", "WINCH"])
-def test_a_signal_that_comes_before_signals_are_given_back_is_not_lost(world: World, number: int, code: int) -> None:
-    done = finish(world.spawn(altered(GIVE_BACK.format(int(number)), "--version")))
-    assert (done.stdout.splitlines()[0], done.returncode) == ("True True", code)
 
 
 # -- supervisors ------------------------------------------------------------------------------------------
@@ -3479,8 +3376,7 @@ true   done    completed
 true   on      started
 true   other   pending
 false  table   pending
-$ list ->
-UNIT ...  READY  AGE ...REASON
+$ list -> UNIT ...  READY  AGE ...REASON
 ...
 $ wait bad behind done --requires completion -> bad, behind, done: done...
 $ wait on --requires start -> on: done...
@@ -3503,26 +3399,15 @@ ide: waiting for gitclone not registered, did you mean "git-clone"?; git-clone s
 !   apt pending for TIME, waits for disk
 exit 124
 $ complete ide -> ide: completed
-$ run apt-install --want apt-instal -t 10ms -- echo ran ->
-! apt-install: waiting for apt-instal not registered
-! timeout waiting for dependencies of unit apt-install
-!   apt-instal not registered
-exit 124
-$ start beside --want apt-instal -t 1ms -q ->
+$ want apt-install apt-instal -q ->
+$ run beside --want apt-instal -t 1ms -- echo ran ->
+! beside: waiting for apt-instal not registered
 ! timeout waiting for dependencies of unit beside
 !   apt-instal not registered
 exit 124
-$ start locked --lock=left --lock right -q ->
-$ start second --lock right -t 1ms ->
-...
-! ...lock right...
-exit 124
-$ complete locked -q ->
-$ start second --lock right -> second: started; it has no dependencies
 """
 REFUSALS = """
 $ want a a -> 1: cycle detected: a -> a; a unit cannot depend on itself
-$ want X256 b -> 1: unit name "xxx...256 bytes long; the limit is 255...
 $ start a --want=\udcff -> 1: unit name '\\udcff' has a character that cannot be printed
 $ start on -> 1: unit "on" is already started by ... (pid PARENT)
 $ fail dome -> 1: unit "dome" is not registered; call want, start or run on it first; did you mean "done"?
@@ -3533,9 +3418,7 @@ $ list --socket-path /\udcff/x -> 3: cannot reach an agent at /\\udcff/x: no suc
 $ list --socket-path X200 -> 3: cannot reach an agent at X200: AF_UNIX path too long
 $ start behind -> 4: unit "behind" skipped: dependency "bad" failed (no disk)
 $ wait bad -> 4: dependency "bad" failed (no disk)
-$ run behind -- echo ran -> 4: unit "behind" skipped: ...
 $ ; --socket-path -> 2: which command? want, start, ...; options follow it; see `coder_sync.py --help`
-$ --quiet start a -> 2: '--quiet': which command? want, start, ...; options follow it; see `coder_sync.py --help`
 $ frobnicate; help frobnicate -> 2: no such command: 'frobnicate'; there are want, start, ...
 $ stat -> 2: no such command: 'stat'; did you mean "start"?
 $ X500 -> 2: no such command: 'X59; there are ...
@@ -3694,43 +3577,29 @@ def test_env_prints_what_a_shell_takes_back(call: Call, agent: World, monkeypatc
 
 
 def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> None:
-    def rows(text: str, *keys: str) -> list[list[Any]]:
-        return [[row[key] for key in keys] for row in json.loads(text)]
-
     assert call.ok(agent, "list", "-o", "json") == "[]\n"
     agent.client.start("\u00e4", pid=os.getpid())
     agent.client.start("bad")
     agent.client.complete("bad", exit_code=9)
-    for unit, requires in (("nobody", "success"), ("\u00e4", "start"), ("bad", "completion")):
-        agent.client.want("table", unit, requires=requires)  # type: ignore[arg-type]
+    agent.client.want("table", "nobody")
+    agent.client.want("table", "\u00e4", requires="start")
+    agent.client.want("table", "bad", requires="completion")
     text = call.ok(agent, "list", "-o", "json")
     assert '"\u00e4"' in text  # for people, too
-    assert rows(text, "unit_name", "status", "is_ready", "reason", "exit_code") == [
-        ["bad", "failed", True, "exit code 9", 9],
-        ["table", "pending", False, "", None],
-        ["\u00e4", "started", True, "", None],
+    bad, table, started = json.loads(text)
+    first = {"unit_name": "bad", "status": "failed", "is_ready": True, "reason": "exit code 9", "exit_code": 9}
+    assert first.items() <= bad.items()
+    nothing = {"unit_name": "table", "status": "pending", "is_ready": False, "exit_code": None, "owner": None}
+    assert nothing.items() <= table.items() and "dependencies" not in table  # not []: it has some
+    assert started["owner"].keys() == {"pid", "command", "alive"} and started["owner"]["pid"] == os.getpid()
+    status = json.loads(call.ok(agent, "status", "table", "--output", "json"))
+    assert (status["unit_name"], status["status"], status["is_ready"]) == ("table", "pending", False)
+    keys = ("depends_on", "required_status", "current_status", "is_satisfied")
+    assert [tuple(row[key] for key in keys) for row in status["dependencies"]] == [
+        ("nobody", "completed", "not registered", False),
+        ("\u00e4", "started", "started", True),
+        ("bad", "ended", "failed", True),
     ]
-    (_, none), (_, owner) = [[row.get("dependencies"), row["owner"]] for row in json.loads(text)[1:]]
-    assert none is None and owner.keys() == {"pid", "command", "alive"} and owner["pid"] == os.getpid()
-    status = call.ok(agent, "status", "table", "--output", "json")
-    assert rows(f"[{status}]", "unit_name", "status", "is_ready") == [["table", "pending", False]]
-    dependencies = json.dumps(json.loads(status)["dependencies"])
-    assert rows(dependencies, "depends_on", "required_status", "current_status", "is_satisfied") == [
-        ["nobody", "completed", "not registered", False],
-        ["\u00e4", "started", "started", True],
-        ["bad", "ended", "failed", True],
-    ]
-    status = call.ok(agent, "status", "nobody knows it", "-o", "json")
-    assert rows(f"[{status}]", "status", "is_ready") == [["not registered", True]]
-
-
-def test_a_timeout_says_that_who_started_a_dependency_is_no_longer_running(call: Call, agent: World) -> None:
-    pid = agent.shell("coder start dep; echo $$").stdout.split()[-1]
-    done = call(agent, "start", "a", "--want", "dep", "-t", "50ms")
-    assert as_written(f"...\n  dep started TIME ago by sh ...(pid {pid}), which is no longer running\n", done.stderr)
-    agent.client.complete("dep")
-    assert agent.status("a") == "pending"  # it is not started later
-    assert "started" not in kinds_of(agent, "a")
 
 
 def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
@@ -3746,22 +3615,6 @@ def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
         done = finish(process)
         assert done.returncode == codes[how], done
         until(lambda file=file: not any(alive(int(pid)) for pid in file.read_text().split()), f"no try for {how}")
-
-
-def test_wait_waits_for_all_and_ends_at_once_when_one_fails(agent: World) -> None:
-    succeeds, fails = (agent.popen("wait", *names) for names in (["a", "b"], ["b", "c", "d"]))
-    assert line_of(succeeds.stdout) == "waiting for a not registered; b not registered\n"
-    line_of(fails.stdout)
-    agent.end("b")
-    assert [succeeds.poll(), fails.poll()] == [None, None]
-    agent.end("a")
-    done = finish(succeeds)
-    assert (done.returncode, done.stdout[:10], done.stderr) == (0, "a, b: done", "")
-    agent.client.want("c")
-    agent.client.fail("c", "no disk")
-    done = finish(fails)
-    assert (done.returncode, done.stderr) == (4, 'error: dependency "c" failed (no disk)\n')
-    assert [u.unit_name for u in agent.client.list(everything=True)] == ["a", "b", "c"]
 
 
 # -- no agent, or not one of ours -------------------------------------------------------------------------
@@ -3877,29 +3730,28 @@ def test_at_the_default_path_an_agent_is_ones_own_or_roots(world: World) -> None
 
 @ROOT
 def test_root_takes_no_variables_from_an_agent_of_another_user(world: World) -> None:
-    def told(process: subprocess.Popen[str], out: str) -> None:
-        done = finish(process)
-        assert (done.returncode, done.stdout) == (0, out)
-        who = f"the agent at {world.path}, which belongs to nobody"
-        assert done.stderr.count(f"warning: root takes no environment variables from {who}\n") == 1
-
-    leave = "echo CODE=evil >> $CODER_SYNC_ENV"
+    leave, take = "echo CODE=evil >> $CODER_SYNC_ENV", ["--", "sh", "-c", "echo got $CODE"]
     with foreign_agent(world) as default:
         world.ok("run", "evil", "--", "sh", "-c", leave)
         world.ok("want", "a", "evil")
-        for changes in ("", default):
-            told(world.spawn(altered(changes, "env", "a")), "")
-            run = ["run", f"run-{next(COUNT)}", "--want", "evil", "--", "sh", "-c", "echo got $CODE"]
-            told(world.spawn(altered(changes, *run)), "got\n")
-        script = "# coder-sync: want evil\n# coder-sync: extern evil\necho got $CODE"
-        scripts = {"b": script, "d": "# coder-sync: want b\n" + script}
-        told(Boot(world, scripts).process, "b | got\nd | got\n")
+        script = "@want evil\n@extern evil\necho got $CODE"
+        boot = Boot(world, {"b": script, "d": f"@want b\n{script}"})
+        for process, out in (
+            (world.popen("env", "a"), ""),
+            (world.popen("run", "c", "--want", "evil", *take), "got\n"),
+            (world.spawn(altered(default, "env", "a")), ""),
+            (boot.process, "b | got\nd | got\n"),
+        ):
+            done = finish(process)
+            assert (done.returncode, done.stdout) == (0, out)
+            who = f"the agent at {world.path}, which belongs to nobody"
+            assert done.stderr.count(f"warning: root takes no environment variables from {who}\n") == 1
         assert world.client.env("a") == {}
-        with world.client.unit("c", want=["evil"]) as start:
+        with world.client.unit("e", want=["evil"]) as start:
             assert start.environment == {}
     with foreign_agent(world, uid=0):
         world.ok("run", "good", "--", "sh", "-c", leave)
-        assert world.ok("run", "a", "--want", "good", "--", "sh", "-c", "echo got $CODE") == "got evil\n"
+        assert world.ok("run", "a", "--want", "good", *take) == "got evil\n"
 
 
 IMPOSTORS = {
@@ -3972,14 +3824,6 @@ def test_an_agent_that_does_not_end_when_told_to_is_named(world: World) -> None:
     assert (done.returncode, done.stderr) == (3, said)
 
 
-def test_a_request_that_a_silent_agent_does_not_take_is_given_up(world: World) -> None:
-    with listener(world.path):
-        asks = f"{SOON}\nchannel = coder_sync.Channel({world.path!r})\n"
-        asks += "for _ in range(9): channel.request('want', unit='x' * 60000)"
-        said = finish(world.spawn(altered(asks))).stderr
-    assert said.endswith(f"(pid {os.getpid()}) has not answered for 2 s; is it stopped?\n")
-
-
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"))
     processes = waiting(world)
@@ -4010,24 +3854,15 @@ def test_without_proc_the_client_says_who_called_it(world: World) -> None:
     assert world.status("a") == "completed"
 
 
-SIGNALLED = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-
-
-def test_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
-    for number in SIGNALLED:
-        for process in waiting(agent):
-            assert stopped(process, number).returncode == (130 if number == signal.SIGINT else -number)
-    served(agent)
-
-
-@NAMESPACES
-def test_as_process_1_a_client_that_waits_ends_at_a_signal(agent: World) -> None:
-    for number in SIGNALLED:
-        for process in waiting(agent, UNSHARE):
-            (inside,) = children_of(process.pid)
-            os.kill(inside, number)
+@pytest.mark.parametrize("under", [[], pytest.param(UNSHARE, marks=NAMESPACES)], ids=["", "as-process-1"])
+def test_a_client_that_waits_ends_at_a_signal(agent: World, under: list[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for process in waiting(agent, under):
+            os.kill([*children_of(process.pid), process.pid][0], number)
             done = finish(process)
-            assert (done.returncode, done.stderr) == (128 + number, "")
+            assert done.returncode % 256 == (128 + number if under or number == signal.SIGINT else -number % 256)
+            assert done.stderr == "" or not under
+    served(agent)
 
 
 # -- standard streams -------------------------------------------------------------------------------------
@@ -4073,19 +3908,6 @@ def test_what_is_done_is_done_even_if_nobody_can_read_it(agent: World, output: s
     assert rows == [("a", "started"), ("b", "completed"), ("c", "completed")]
 
 
-@pytest.mark.skipif(not shutil.which("localedef"), reason="no localedef")
-def test_names_and_values_are_the_same_bytes_in_a_locale_of_another_encoding(world: World) -> None:
-    name = "de_DE.ISO-8859-1"
-    subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", world.directory / name], check=False)
-    world.env.update(LOCPATH=str(world.directory), LC_ALL=name)
-    sets = "echo A=\u00e4\u20ac >> $CODER_SYNC_ENV; echo $CODER_SYNC_UNIT"
-    path = startup(world, {"10-\u00e9.sh": f"@lock \u00fc\n{sets}", "x": "@want \u00e9\necho $A; $SYNC env x"})
-    done = finish(world.spawn([sys.executable, str(FILE), "boot", path], encoding="utf-8"))
-    assert (done.returncode, done.stdout) == (0, "\u00e9 | \u00e9\nx | \u00e4\u20ac\nx | export A='\u00e4\u20ac'\n"), (
-        done
-    )
-
-
 def test_names_are_written_in_any_locale(mixed: World) -> None:
     for locale in ("C", "POSIX", "C.UTF-8"):
         done = mixed.run("want", "\u00fcberschrift", locale, env={**mixed.env, "LC_ALL": locale})
@@ -4115,6 +3937,21 @@ def lost(process: subprocess.Popen[str], command: str = ".*") -> str:
 def killed(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.wait(PATIENCE)
+
+
+def test_a_start_that_is_killed_before_it_has_said_so_is_undone(agent: World) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(write, bytes(4096)):
+            pass
+    os.set_blocking(write, True)
+    process = agent.popen("start", "a", stdout=write)
+    happened(agent, "a", "started")
+    process.kill()
+    until(lambda: agent.status("a") == "pending")
+    os.close(read)
+    os.close(write)
 
 
 def test_run_declares_waits_starts_runs_and_completes(agent: World) -> None:
@@ -4151,11 +3988,13 @@ def test_a_command_gets_the_whole_socket_path_with_an_agent_or_optionally_withou
     assert re.fullmatch("warning: a: runs without coordination: .*no such file.*\n", done.stderr)
 
 
+@LINUX
 def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) -> None:
     process, pid = held(agent, "a", "--ready", "file:never", "--ready-timeout", "300ms")
     until(lambda: agent.client.status("a").owner.pid == pid)
     agent.ok("complete", "a")
     until(lambda: agent.client.status("a").running_on)
+    until(lambda: len(os.listdir(f"/proc/{process.pid}/task")) == 1, "no thread that probes")
     time.sleep(0.4)  # for longer than it may take to become ready
     assert agent.status("a") == "completed" and process.poll() is None
     os.kill(pid, signal.SIGKILL)
@@ -4164,17 +4003,20 @@ def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) ->
     assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
 
 
-def test_a_run_whose_unit_others_complete_between_two_tries_ends(agent: World) -> None:
-    run = agent.popen("run", "a", "--retry", "1", "--retry-delay", "10m", "--", "false")
-    assert "try 2 of 2" in line_of(run.stderr)
-    until(lambda: agent.client.status("a").owner.alive is None)  # not False: the run is not gone
-    agent.ok("complete", "a")
-    assert finish(run).returncode == 1 and agent.status("a") == "completed"
+def test_a_run_that_may_not_complete_its_unit_ends_its_command(agent: World) -> None:
+    process, _ = held(agent, "a", "--ready", f"file:{agent.directory}/up")
+    agent.ok("fail", "a", "--reason", "no")
+    (agent.directory / "up").touch()
+    done = finish(process)
+    assert done.returncode == 143
+    assert done.stderr.startswith('error: a: unit "a" is failed (no) and cannot become completed: ')
+    assert agent.client.status("a").reason == "no"
 
 
 def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
     run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
     assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
+    until(lambda: agent.client.status("a").owner.alive is None)  # not False: it is to be tried again
     done, reason = stopped(run), "stopped between two tries; exit code 1"
     assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
 
@@ -4188,24 +4030,17 @@ def test_a_run_does_not_wait_for_what_its_command_leaves(agent: World, first: st
     os.kill(left, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("completed", ["by-a-probe", "by-others", ""])
-def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World, completed: str) -> None:
-    process, pid = held(agent, "a", *(["--ready", "true"] if completed == "by-a-probe" else []))
-    if completed == "by-others":
-        agent.ok("complete", "a")
-    until(lambda: agent.client.status("a").owner.pid == pid)
-    until(lambda: agent.client.status("a").running_on or not completed)
+def test_what_a_killed_run_leaves_is_named_and_not_taken_for_stopped(agent: World) -> None:
+    process, pid = held(agent, "a")
+    agent.ok("complete", "a")
+    until(lambda: agent.client.status("a").running_on and agent.client.status("a").owner.pid == pid)
     killed(process)
     until(lambda: agent.status("a") == "failed")
     reason = agent.client.status("a").reason
-    end = "ended; that process may still run" if completed else "ended without completing"
-    assert re.fullmatch(rf"lost: the run that ran process {pid} \(.*\) {end}", reason)
-    assert (f"{reason} (it does)" if completed else reason) in agent.ok("list")
-    assert f"(pid {pid})" in agent.run("stop", "a").stderr
-    refused = agent.connect().call("boot", units=[{"unit": "a"}])["error"]["message"]
-    assert refused == f'unit "a" still runs (pid {pid}), and its supervisor is gone: end that process first'
+    assert re.fullmatch(rf"lost: the run that ran process {pid} \(.*\) ended; that process may still run", reason)
+    assert f"{reason} (it does)" in agent.ok("list") and f"(pid {pid})" in agent.run("stop", "a").stderr
     os.kill(pid, signal.SIGKILL)
-    until(lambda: not completed or f"{reason} (it has ended)" in agent.ok("list"))
+    until(lambda: f"{reason} (it has ended)" in agent.ok("list"))
 
 
 @pytest.mark.parametrize(
@@ -4235,6 +4070,7 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
         agent.waiting("a")
     else:
         process, pid = held(agent, "a")
+        until(lambda: agent.client.status("a").owner.pid == pid)
     waiting = agent.popen("start", "b", "--want", "a")
     agent.waiting("b")
     if dies == "both":
@@ -4250,22 +4086,22 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
     else:
         assert re.fullmatch(lost(process), failed.reason)
     if dies == "run":
-        assert alive(pid)  # and does not hold the unit
+        assert alive(pid) and f"the run that ran process {pid} " in failed.reason
+        refused = agent.connect().call("boot", units=[{"unit": "a"}])["error"]["message"]
+        assert refused == f'unit "a" still runs (pid {pid}), and its supervisor is gone: end that process first'
         os.kill(pid, signal.SIGKILL)
 
 
 @LINUX
 def test_the_command_line_of_a_script_begins_with_its_name(world: World) -> None:
-    here = world.directory
-    (here / "setup.sh").write_text("read x")
+    path = Path(os.path.relpath(world.directory, "/")) / "setup.sh"
+    (world.directory / "setup.sh").write_text("read x")
     for line, shown in (
-        (f"{here}/setup.sh {here}/x", f"sh setup.sh {here}/x"),
+        (f"{path} {'x' * 60}", f"sh setup.sh {'x' * 45}..."),
         ("-c 'read x; : /a/b' /c/d", "sh -c read x; : /a/b /c/d"),
-        (f"-e {here}/setup.sh", f"sh -e {here}/setup.sh"),
     ):
-        process = world.spawn([str(shutil.which("sh")), *shlex.split(line)], stdin=subprocess.PIPE)
-        expected = shown if len(shown) <= 60 else shown[:57] + "..."
-        until(lambda process=process, expected=expected: coder_sync.command_of(process.pid) == expected)
+        process = world.spawn(["sh", *shlex.split(line)], stdin=subprocess.PIPE, cwd="/")
+        until(lambda process=process, shown=shown: coder_sync.command_of(process.pid) == shown)
 
 
 @pytest.mark.parametrize("without", [[], ["pidfd_open", "eventfd"]], ids=["pidfd", "no-pidfd"])
@@ -4292,24 +4128,6 @@ def test_an_owner_that_dies_loses_its_unit_or_its_turn_and_others_do_not(world: 
         at_rest(agent.pid)
 
 
-def test_a_script_that_ends_fails_its_unit_unless_it_has_completed_it(agent: World) -> None:
-    agent.shell("coder start a --pid $$ && coder complete a")
-    assert agent.shell("coder start b --pid $$; exit 0").returncode == 0
-    until(lambda: agent.status("b") == "failed")  # by then the end of the first was seen as well
-    assert "ended without completing" in agent.client.status("b").reason
-    assert agent.status("a") == "completed"
-
-
-def test_where_an_agent_cannot_find_out_who_called_a_client_says_it(world: World) -> None:
-    answering(world, altered("coder_sync.has_proc = lambda: False", "serve", "-q"))
-    for unit, params, pid in (("a", {"caller": 4242}, 4242), ("b", {"caller": 4242, "hold": True}, os.getpid())):
-        assert "result" in world.connect().call("start", unit=unit, **params)
-        owner = world.client.status(unit).owner
-        assert owner and owner.pid == pid
-    assert "result" in world.connect().call("start", unit="c")
-    assert world.client.status("c").owner is None
-
-
 def test_a_pid_that_is_not_alive_is_refused(mixed: World) -> None:
     gone, zombie = mixed.spawn(["true"]), mixed.spawn(["true"])
     finish(gone)
@@ -4318,20 +4136,6 @@ def test_a_pid_that_is_not_alive_is_refused(mixed: World) -> None:
         with pytest.raises(Refused, match=f"process {process.pid} is not alive in the agent's process namespace"):
             mixed.client.start("never", pid=process.pid)
     assert mixed.status("never") == "not registered"
-
-
-def test_a_run_says_what_a_stopped_agent_was_not_told_and_waits_for_it_once(world: World, gate: Gate) -> None:
-    agent = world.serve()
-    command = ["--ready", "notify", "--retry", "2", "--retry-delay", "0", "--", "sh", "-c", "cat gate; exit 3"]
-    run = world.spawn(altered("coder_sync.REPLY_TIMEOUT = 1.0", "run", "a", *command))
-    gate.reached()
-    stop(agent)
-    gate.open()
-    gate.keep_open(lambda: run.poll() is not None)
-    said = finish(run).stderr
-    late = "after ended before it was ready (exit code 3)"
-    for what in (f"try 2 of 3 {late}", f"try 3 of 3 {late}", "its process", "its outcome (exit code 3)"):
-        assert said.count(f"warning: a: {what} may not have been reported: ") >= 1 + (what == "its process"), said
 
 
 class Supervisor:
@@ -4365,29 +4169,10 @@ def test_stop_has_supervisors_end_what_runs_dependents_first_and_says_what(agent
     assert (done.returncode, done.stdout, done.stderr) == (0, "stopped: app, db\n", "")
     assert agent.client.status("db").reason == "stopped"
     assert (agent.ok("stop"), agent.ok("stop", "-q")) == ("nothing runs\n", "")
-    assert agent.run("stop", "dv").stderr == 'error: unit "dv" is not registered; call want, start or run on it first\n'
-
-
-def test_stop_tells_all_at_half_time_names_what_is_left_and_goes_on_without_who_asked(world: World) -> None:
-    answering(world, altered("coder_sync.STOP_PATIENCE = 0.1", "serve", "-q"))
-    db, app = Supervisor(world, "db"), Supervisor(world, "app", dependencies=["db"])
-    world.client.start("script")
-    other = world.connect()
-    other.request("stop", grace=0.5)
-    other.close()
-    bears_silence = "coder_sync.NAMED_AFTER, coder_sync.STOP_PATIENCE = 0.2, 20.0"
-    stopping = world.spawn(altered(bears_silence, "stop", "--grace", "0.5s"))
-    app.told()
-    db.told()
-    app.ended()
-    done = finish(stopping)
-    assert (done.returncode, done.stdout) == (1, "stopped: app\n")
-    still = rf'unit "db" still runs: .*python.* \(pid {os.getpid()}\)'
+    agent.client.start("script")
+    done = agent.run("stop", "script")
     cannot = r'unit "script" cannot be stopped: it is .+ \(pid \d+\), which has no supervisor: end that process'
-    assert re.fullmatch(f"error: {still}; {cannot}\n", done.stderr)
-    db.ended()
-    assert world.client.stop("db", "app") == []
-    assert [unit.reason for unit in world.client.list()] == ["stopped", "stopped", ""]
+    assert done.returncode == 1 and re.fullmatch(f"error: {cannot}\n", done.stderr)
 
 
 @pytest.mark.parametrize("how", ["TERM", "shutdown", "replace", "TERM twice"], ids=hyphenated)
@@ -4478,18 +4263,6 @@ def test_a_stop_ends_what_a_run_has_in_whatever_state(agent: World, options: str
     assert (found.status, found.reason) == ("failed", "stopped")
 
 
-def test_a_stop_ends_what_is_being_ended_already_sooner(agent: World) -> None:
-    deaf = "trap '' TERM; : > up; echo on; while :; do sleep 0.1; done"
-    late = ["--ready", "notify", "--ready-timeout", "100ms"]
-    run = agent.popen("run", "a", *late, "--", "sh", "-c", deaf)
-    assert line_of(run.stdout) == "on\n"
-    time.sleep(0.2)
-    began = time.monotonic()
-    agent.connect().call("stop", units=["a"], grace=0.2)
-    assert finish(run).returncode == 124 and time.monotonic() - began < coder_sync.Task.grace / 2
-    assert agent.client.status("a").reason == "stopped"
-
-
 def test_a_run_finds_its_command_in_the_path_that_a_dependency_has_left(agent: World) -> None:
     tools = agent.directory / "tools"
     tools.mkdir()
@@ -4504,15 +4277,6 @@ def test_a_run_finds_its_command_in_the_path_that_a_dependency_has_left(agent: W
     assert missing.returncode == 127 and missing.stderr.endswith("for a shell's command line write sh -c '...'\n")
     agent.popen("run", "b", "--want", "pip", "--ready", "tool x", "--", "sleep", "60")
     until(lambda: agent.status("b") == "completed")
-
-
-@pytest.mark.parametrize("ready", ["", "--ready true", "--ready notify"], ids=["", "true", "notify"])
-def test_a_run_that_lacks_descriptors_says_so_in_one_line(agent: World, ready: str) -> None:
-    patch = "coder_sync.LAST_WAIT = coder_sync.Task.grace = 0.1"
-    for limit in ("-n 5", "-n 6"):
-        argv = altered(patch, "run", "a", *ready.split(), "--", "sh", "-c", "exec sleep 0.1")
-        done = finish(agent.spawn(["sh", "-c", f'ulimit {limit}; exec "$@"', "-", *argv]))
-        assert re.fullmatch("error: .*Too many open files.*\n", done.stderr) and done.returncode in (1, 125), done
 
 
 def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate) -> None:
@@ -4594,29 +4358,6 @@ def test_the_scripts_of_the_documents_end_in_their_trap(mixed: World) -> None:
     assert mixed.status("trap") == "completed"
     assert mixed.shell("UNIT_NAME=on\n" + SYNC_STARTED, "bash").returncode == 0
     assert mixed.status("on") == "started"  # by somebody else, and left alone
-    for unit, end, reason in (("c", "exit 0", ""), ("d", "exit 7", "exit code 7"), ("e", "no-such", "exit code 127")):
-        mixed.shell(f"set -e; trap 'coder complete {unit} --exit-code $?' EXIT; coder start {unit}; {end}")
-        found = mixed.client.status(unit)
-        assert (found.status, found.reason) == ("failed" if reason else "completed", reason)
-
-
-WILD = [
-    """set -euo pipefail; trap 'coder exp sync complete UNIT' EXIT
-    coder exp sync want UNIT a b c; coder exp sync start --timeout 30m UNIT""",
-    """sync() { coder exp sync "$@" > /dev/null 2>&1 || true; }
-    sync want UNIT a b c; sync start UNIT; sync complete UNIT""",
-    """(coder exp sync want ready-UNIT a b c; coder exp sync start ready-UNIT; coder exp sync complete ready-UNIT) &
-    coder exp sync want UNIT ready-UNIT a b; coder exp sync start UNIT; coder exp sync complete UNIT""",
-]
-
-
-def test_the_forms_in_which_scripts_call_it(agent: World) -> None:
-    agent.end("a", "b", "c")
-    for n, script in enumerate(WILD):
-        done = agent.shell(script.replace("UNIT", f"form-{n}"), "bash")
-        assert (done.returncode, done.stderr) == (0, ""), script
-        found = agent.client.status(f"form-{n}")
-        assert (found.status, len(found.dependencies)) == ("completed", 3)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4690,14 +4431,13 @@ def test_it_is_not_led_astray_by_what_lies_about(shared: World, world: World, fo
 
 
 @BOTH_FORMS
+@LINUX
 def test_ps_shows_what_was_called(agent: World, form: str) -> None:
     run = agent.spawn([tool(agent, form), "run", "u", "--", "sleep", "60"], env=agent.shell_env())
     happened(agent, "u", "started")
-    owner = agent.client.status("u").owner
-    assert owner and (owner.pid, owner.command) == (run.pid, "coder run u -- sleep 60")
-    if Path("/proc/self/comm").exists():
-        assert Path(f"/proc/{run.pid}/comm").read_text() == "coder_sync\n"
-        assert len(Path(f"/proc/{run.pid}/cmdline").read_bytes()) < 300
+    assert coder_sync.command_of(run.pid) == "coder run u -- sleep 60"
+    assert Path(f"/proc/{run.pid}/comm").read_text() == "coder_sync\n"
+    assert len(Path(f"/proc/{run.pid}/cmdline").read_bytes()) < 300
 
 
 @BOTH_FORMS
@@ -4747,26 +4487,17 @@ def test_a_signal_ends_process_1_while_it_loads(world: World, form: str) -> None
 
 
 @BOTH_FORMS
-def test_garbage_is_collected_by_all_but_plain_calls(shared: World, world: World, form: str) -> None:
-    spy = "import gc, posix; end = posix._exit; posix._exit = lambda code: end(50 + gc.isenabled())\n"
-    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
-    for words, code in ((["--version"], 51), (["complete", "nobody"], 50)):
-        assert command(world, *PYTHON, spy + LAUNCH, tool(world, form), *words, env=env).returncode == code
-
-
-@BOTH_FORMS
 def test_a_damaged_file_is_said_to_be_one_in_one_line(world: World, form: str) -> None:
-    path = tool(world, form)
-    whole = Path(path).read_bytes()
-    cut = whole.index(b"\n# Client. ")
-    for size in (300, 4096, 8192, cut - 1, cut + 8192, whole.rindex(b"\ndef ")):
+    path = Path(tool(world, form))
+    whole = path.read_bytes()
+    for size in (300, 8192, whole.index(b"\n# Client. ") - 1, whole.rindex(b"\ndef ")):
         if form == "plain" or size < 10_000:
-            Path(path).write_bytes(whole[:size])
-            done = command(world, path, "list")
+            path.write_bytes(whole[:size])
+            done = command(world, str(path), "list")
             assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and "internal" not in done.stderr, size
     for at in (len(whole) // 8, len(whole) // 2):
-        Path(path).write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
-        done = command(world, path, "list", "--connect-timeout", "0")
+        path.write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
+        done = command(world, str(path), "list", "--connect-timeout", "0")
         said = "cannot reach an agent" if form == "installed" else "is damaged: copy or install it again\n"
         assert said in done.stderr and done.stderr.count("\n") == 1  # an installed one has its source
 
@@ -5262,9 +4993,10 @@ STARTUPS = {
         unit("misspelt", 0, wants=["b_setup", "zzz"]),
         unit("b-setup", registered=0),
     ),
-    "it has run for 29.9 s": startup_of(30.9, unit("a", 0, 1)),
     "it has run for 30 s": startup_of(31, unit("a", 0, 1)),
-    "it was over long ago": startup_of(3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("idle")),
+    "it was over long ago": startup_of(
+        3600, unit("a", 0, 0, 9), unit("b", 0, 0, 2, running_on=True), unit("c", 0, 0, 1, exited=5)
+    ),
     "wide names": startup_of(
         *(12, unit("环境", 0, 0), unit("e\u0301tape", 0, 0, 9, status="failed", reason="no disk"), unit("b", 0, 0)),
         unit("tâche", 0, wants=["b"], waits_for=["b", "lock x"]),
@@ -5334,10 +5066,10 @@ TEXTS = """
   cache  ████████████████████████████████     30s running
   data             ██████                    5.0s failed
 * web    ░░░░░░░░░░██████████████████████     20s running
-  lint   ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░     30s gave up
   mail             ░░░░░░                    5.0s skipped
   report           ░░░░░░                    5.0s skipped
   idle                                          - pending
+  lint   ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░     30s gave up
   slow                   ░░░░░░░░░░░░░░░░     15s waiting
 
 30s in all (1 failed, 2 skipped, 2 still running, 3 not
@@ -5357,8 +5089,8 @@ started); critical path: base 10s -> web 20s (100% of it)
   up        ░░░░░░░░░░░░░░░░░░░░░░░░███████████████████   1m10s probing
 * ide       ░░░░░░░░░░░░░░░░░░░░░░░░░░█████████████████   1m00s running
   web       ░░░░░░░░░░░░░░░░░░░░░░░░░░███████████████│█   1m00s probing
-  site      ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░   2m40s waiting
   shell       ░░░▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒   2m30s waiting
+  site      ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░   2m40s waiting
 
 ─ runs on as a service, ▒ waits for a lock, │ another try
 2m40s in all (1 died, 1 stopped, 1 lost, 4 still running, 2 not started);
@@ -5376,7 +5108,7 @@ no units yet
 1m18s in all; critical path: ... -> u3 3.0s -> u4 4.0s -> u5 5.0s -> u6 6.0s -> u7 7.0s -> u8 8.0s -> u9 9.0s -> u10 \
 10s -> u11 11s -> u12 12s (100% of it)
 ? summary: it was over long ago
-9.0s in all (1 not started); critical path: a 9.0s (100% of it)
+9.0s in all; critical path: a 9.0s (100% of it)
 ? blame: edges: 80
 by how long they ran:
 UNIT  RAN   OTHERS WAITED  STATUS
@@ -5395,9 +5127,9 @@ OTHERS WAITED adds up over all that waited, so it may exceed the whole.
 5.0s -> f 1.0s (90% of it)
 ? compare: later: good
 UNIT   BEFORE  NOW    CHANGE  CRITICAL PATH
+clone  12s     -      -
+lint   -       20s    -
 pip    2m07s   2m37s  +30s    before and now
-lint   -       20s    came
-clone  12s     -      went
 db     32s     31s    -500ms
 apt    2m05s   2m05s  0       before and now
 
@@ -5466,11 +5198,7 @@ c M342.2 78V106; c M722.2 118V126; started 8.0,183 24.0x3; m 38.0,188 runs on as
 222.0,188 waits; l 376.0,181 24.0x6; m 406.0,188 waits for a lock; started 560.0,178 24.0x12; m 590.0,188 runs; t \
 744.0,176 2.0x16; m 774.0,188 another try; completed 8.0,198 24.0x12; m 38.0,208 completed; failed 192.0,198 24.0x12; \
 m 222.0,208 failed; completed k 376.0,198 24.0x12; m 406.0,208 on the critical path
-? why: services: tools, db, site
-"site" has not started: for 2m40s it has been waiting for "web".
-"web" started 1m00s ago, after waiting 1m40s; it is probing tcp:80 for 4.0s (no route) (try 2).
-    held up: site
-
+? why: services: tools, db
 "db" completed 2m20s ago after running 20s; started by postgres -D /data (pid 42) at once; its process runs on.
 "tools" completed 1m00s ago after running 40s in 2 tries; started after waiting 1m00s, last for apt-tools; its output \
 is in /logs/tools.log.
@@ -5497,8 +5225,6 @@ a; it is ready.
 ? why: nothing
 no units yet
 ? why: good
-nothing waits, runs long or was skipped
-? why: it has run for 29.9 s
 nothing waits, runs long or was skipped
 ? why: it has run for 30 s
 "a" started 30s ago, after waiting 1.0s; it is still running.
@@ -5545,33 +5271,17 @@ UNIT   STATUS   READY  AGE   WAITS FOR  REASON
 e\u0301tape  failed   true   3.0s             no disk
 b      started  true   12s
 tâche  pending  true   12s   b, lock x
-? list: services
-UNIT       STATUS     READY  AGE    WAITS FOR  REASON
-apt-base   completed  true   2m00s
-apt-tools  completed  true   1m40s
-clone      completed  true   2m00s
-db         completed  true   2m20s             runs on as postgres -D /data (pid 42)
-proxy      failed     true   1m20s             died 1m10s after it was ready: exit code 1
-gate       completed  true   2m39s             its process has ended
-ends       started    true   2m40s             being stopped
-cache      failed     true   1m00s             stopped
-q          failed     true   1m10s             lost: the boot that ran process 43 ended; that process may still run \
-(it does)
-tools      completed  true   1m00s
-ide        started    true   1m00s
-shell      pending    true   2m30s
-web        started    true   1m00s             probing tcp:80 for 4.0s (no route)
-site       pending    true   2m40s  web
-up         started    true   1m10s             probing file:up for 1m10s
 ? list: wide names: reason,waits_for, Unit
 REASON   WAITS FOR  UNIT
                     环境
 no disk             e\u0301tape
                     b
          b, lock x  tâche
-? list: it has run for 30 s
-UNIT  STATUS   READY  AGE
-a     started  true   30s
+? list: it was over long ago
+UNIT  STATUS     READY  AGE     REASON
+a     completed  true   59m51s
+b     completed  true   59m58s  runs on
+c     completed  true   59m59s  its process has ended
 ? list: nothing: unit
 no units yet
 ? status: all that status shows: alone
@@ -5623,7 +5333,7 @@ def test_a_timeline_has_a_colour_for_each_outcome_and_the_path_in_bold() -> None
     codes = [re.findall(r"\033\[(\d+)m", line) for line in text.splitlines()[1:10]]
     bold, off = "1", "0"
     assert codes[:4] == [[bold, off, "32", off], ["36", off], ["31", off], [bold, off, "36", off]]
-    assert [code[0] for code in codes[4:]] == ["2", "33", "33", "2", "2"]
+    assert [code[0] for code in codes[4:]] == ["33", "33", "2", "2", "2"]
 
 
 def test_a_timeline_lines_up_long_and_wide_names() -> None:
@@ -5652,83 +5362,25 @@ def test_the_axis_has_round_times() -> None:
 
 
 # -- what is true of any startup ----------------------------------------------------------------------------
-ODD_NAMES = [f"{i:02}-" + "script-" * 8 + "x" for i in range(3)] + ["环境准备-" * 10, "a" * 127 + "b" * 128, HOSTILE]
-
-
-def random_startup(dice: random.Random) -> Graph:
-    """Units that start as soon as they can; some fail, some run on, some have not ended at the time of the picture."""
-    now, units, ends = dice.choice([0.5, 30.0, 4000.0]), [], {}
-    names = [f"u{i}" for i in range(dice.randrange(20))] + dice.sample(ODD_NAMES, dice.randrange(6))
-    for name in dice.sample(names, len(names)):
-        wants = dice.sample(sorted(ends), min(len(ends), dice.randrange(4)))
-        asked, last = 0.0, max(wants, key=lambda w: ends[w], default="")
-        ready = max([asked, *(ends[w] for w in wants)])
-        started = ready + dice.choice([0, 0, 0, now / 50])  # a lock
-        ends[name] = ended = started + now * dice.choice([0, 1e-6, 0.1, dice.random()])
-        more: dict[str, Any] = {"ready": ready if ready <= now else None, "released_by": last if ready else ""}
-        how = dice.choice(["completed", "completed", "failed", "runs on", "died", "stopped", "wanted", "never"])
-        if how == "wanted":
-            units.append(unit(name, registered=dice.choice([0.0, now])))
-            ends[name] = now * 9
-        elif ready > now or started > now:
-            units.append(unit(name, asked, wants=wants, **more))
-        elif ended > now:
-            units.append(unit(name, asked, started, wants=wants, **more, probe=dice.choice(["", "tcp:80"])))
-        else:
-            more["tries"] = sorted(started + (ended - started) * dice.random() for _ in range(dice.choice([0, 0, 2])))
-            more["status"] = "completed" if how in ("completed", "runs on") else "failed"
-            more["running_on"] = how == "runs on"
-            if how in ("died", "stopped"):
-                more.update(exited=ended + (now - ended) * dice.random(), exit_reason=how, reason=f"{how} <&>")
-            units.append(unit(name, asked, started, ended, wants, **more))
-    return startup_of(now, *units)
-
-
-ANY = [*STARTUPS.values(), *(random_startup(random.Random(seed)) for seed in range(150))]
+LONG_NAMES = [*(f"{i:02}-" + "script-" * 8 + "x" for i in range(3)), "环境准备-" * 10, "a" * 127 + "b" * 128, HOSTILE]
+ODD = startup_of(
+    300.002,
+    *(
+        unit(name, 0, i * 60, i * 60 + 0.001, LONG_NAMES[:i], tries=[i * 60], running_on=i > 3)
+        for i, name in enumerate(LONG_NAMES)
+    ),
+)
+ANY = [*STARTUPS.values(), ODD]
 
 
 def test_a_timeline_fits_its_width_and_has_all_units_in_the_order_they_started() -> None:
-    for graph, unicode in itertools.product(ANY, (True, False)):
+    for graph, unicode, width in itertools.product(ANY, (True, False), (40, 47, 100, 400)):
         known = [u for u in graph.nodes if u.status != "not registered"]
-        started = [bar.unit.started for bar in coder_sync.Startup(graph).rows]
-        assert len(started) == len(known)
-        times = [t for t in started if t is not None]
-        assert started == sorted(times) + [None] * (len(known) - len(times))
-        for width in (40, 47, 100, 400):
-            lines = coder_sync.timeline_text(graph, width, unicode=unicode).splitlines()
-            widths = [coder_sync.text_width(line) for line in lines]
-            assert width - 8 <= max(widths) <= width or not known, (width, unicode)
-            assert len(lines) >= len(known) + 3 or not known
-
-
-def test_a_startup_whose_times_contradict_each_other_is_drawn() -> None:
-    never = UnitStatus("never", "not registered", False, started=1.0, ended=2.0)
-    for registered, now in ((1e14, 1), (-1e14, 1), (0, 1e14)):
-        units = (
-            unit("a", 9, 5, 3, ["never"], registered=registered, released_by="never"),
-            unit("b", 0, 1e9, wants=["a"]),
-        )
-        graph = startup_of(now, never, *units)
-        assert " a " in coder_sync.timeline_text(graph) and svg_of(graph).findtext("g/title")
-        assert coder_sync.blame_text(graph) and "a" in coder_sync.graph_mermaid(graph)
-
-
-def test_the_critical_path_leads_to_the_last_end_without_a_gap() -> None:
-    for graph in ANY[len(STARTUPS) :]:
-        startup = coder_sync.Startup(graph)
-        ran = [u for u in graph.nodes if u.started is not None]
-        ends = {u.unit_name: graph.now if u.ended is None else u.ended for u in ran}
-        path = [bar.unit for bar, _ in startup.path]
-        assert (not path) == (not ran)
-        if path:
-            assert ends[path[-1].unit_name] == max(ends.values())
-            assert path[0].wants == {} or not path[0].released_by
-        for before, after in zip(path, path[1:]):
-            assert before.unit_name in after.wants
-            assert ends[before.unit_name] == max(ends[name] for name in after.wants)
-        took = sum(share for _, share in startup.path)
-        locked = sum((u.started or 0) - (u.ready or 0) for u in path)
-        assert took + locked == pytest.approx(max(ends.values(), default=0.0))
+        started = [math.inf if bar.unit.started is None else bar.unit.started for bar in coder_sync.Startup(graph).rows]
+        assert started == sorted(started) and len(started) == len(known)
+        lines = coder_sync.timeline_text(graph, width, unicode=unicode).splitlines()
+        assert not known or width - 8 <= max(map(coder_sync.text_width, lines)) <= width, (width, unicode)
+        assert not known or len(lines) >= len(known) + 3
 
 
 def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
@@ -5738,16 +5390,9 @@ def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
     return x, y - 10, x + width, y + 3
 
 
-def test_the_svg_stands_alone_and_no_text_is_covered_or_cut_off() -> None:
+def test_no_text_of_an_svg_is_covered_or_cut_off() -> None:
     for graph in ANY:
         root = svg_of(graph)
-        assert {element.tag for element in root.iter()} <= {"svg", "title", "style", "g", "path", "rect", "text"}
-        names = {name for element in root.iter() for name in element.keys()}  # noqa: SIM118
-        assert names <= {"width", "height", "viewBox", "class", "x", "y", "d", "text-anchor"}
-        style = root.findtext("style") or ""
-        assert "url(" not in style and "@import" not in style and "@media(prefers-color-scheme:dark){" in style
-        used = {word for element in root.iter() for word in element.get("class", "").split()}
-        assert used <= set(re.findall(r"\.(\w+)", style)) | {"pending"}
         boxes = [(*box(text), True) for text in root.iter("text")]
         for bar in root.iter("rect"):
             x, y = number(bar, "x"), number(bar, "y")
@@ -5760,12 +5405,15 @@ def test_the_svg_stands_alone_and_no_text_is_covered_or_cut_off() -> None:
                 assert other[0] >= right or other[2] <= left or not (is_text or other[4]), (left, top, other)
 
 
-def test_the_svg_shows_a_millisecond_beside_five_minutes() -> None:
-    quick, slow = unit("quick", 0, 0, 0.001), unit("slow", 0.001, 0.001, 300.001, ["quick"])
-    graph = startup_of(300.002, quick, slow, unit("last", 300.001, 300.001, 300.002, ["slow"]))
-    bars = [bar for bar in svg_of(graph).findall("g/rect") if bar.get("class") == "completed k"]
-    assert [number(bar, "width") for bar in bars] == [2, 760, 2]
-    assert number(bars[2], "x") + 2 == number(bars[1], "x") + 760
+def test_an_svg_stands_alone() -> None:
+    root = svg_of(STARTUPS["services"])
+    assert {element.tag for element in root.iter()} == {"svg", "title", "style", "g", "path", "rect", "text"}
+    names = {name for element in root.iter() for name in element.keys()}  # noqa: SIM118
+    assert names == {"width", "height", "viewBox", "class", "x", "y", "d", "text-anchor"}
+    style = root.findtext("style") or ""
+    assert "url(" not in style and "@import" not in style and "@media(prefers-color-scheme:dark){" in style
+    used = {word for element in root.iter() for word in element.get("class", "").split()}
+    assert used <= set(re.findall(r"\.(\w+)", style)) | {"pending"}
 
 
 def test_a_graph_has_all_names_and_edges_whatever_the_names_are() -> None:
@@ -5773,9 +5421,6 @@ def test_a_graph_has_all_names_and_edges_whatever_the_names_are() -> None:
     for graph in ANY:
         edges = [(d, u.unit_name, r) for u in graph.nodes for d, r in u.wants.items()]
         path = [bar.name for bar, _ in coder_sync.Startup(graph).path]
-        data = coder_sync.graph_data(graph)
-        assert [(edge["depends_on"], edge["unit_name"], edge["requirement"]) for edge in data["edges"]] == edges
-
         text = coder_sync.graph_dot(graph)
         boxes = re.findall(rf'^  {string} \[fillcolor="#\w+", tooltip={string}([^"]*)\];$', text, re.M)
         drawn = [(re.sub(r"\\(.)", r"\1", name), "peripheries" in more) for name, _, more in boxes]
@@ -5813,33 +5458,24 @@ def test_the_timeline_as_json_has_times_since_the_first_sign() -> None:
     }
 
 
-def test_a_timeline_that_an_older_version_saved_is_compared() -> None:
+def test_a_timeline_that_an_older_version_saved_is_read() -> None:
     data = coder_sync.timeline_data(STARTUPS["broken"])
     keys = ("unit_name", "status", "reason", "registered", "waiting", "started", "ended", "released_by", "wants")
     old = {"seconds": data["seconds"], "units": [{key: row[key] for key in keys} for row in data["units"]]}
-    text = coder_sync.compare_text(coder_sync.read_timeline(json.dumps(old), "t.json"), saved(STARTUPS["broken"]))
-    assert text == coder_sync.compare_text(saved(STARTUPS["broken"]), saved(STARTUPS["broken"]))
-
-
-def damaged(*path: Any, value: Any) -> bytes:
-    """A saved timeline with one value replaced."""
-    data: Any = [coder_sync.timeline_data(STARTUPS["services"])]
-    place = functools.reduce(lambda place, key: place[key], (0, *path)[:-1], data)
-    place[(0, *path)[-1]] = value
-    return json.dumps(data[0]).encode()
+    assert coder_sync.read_timeline(json.dumps(old), "t.json").summary() == data["summary"]
 
 
 def test_what_is_no_saved_timeline_is_refused_in_a_line() -> None:
-    foreign = [b"", b"{", b"[]", b"7", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"seconds": 1}', b"<svg></svg>"]
-    foreign += [damaged(value=value) for value in (None, [], {}, "x")]
-    foreign += [damaged("seconds", value=value) for value in ("1", [], float("nan"), float("inf"), 10**400)]
-    foreign += [damaged("units", value=value) for value in (None, 5, [5], [[]], {"a": 1}, [{}])]
-    for key, value in itertools.product(("unit_name", "status", "started", "ended"), ([[]], {"x": 1}, True, -1e16)):
-        foreign.append(damaged("units", 3, key, value=value))
-    foreign += [damaged("units", 3, "started", value="1"), damaged("units", 3, "wants", value=["a"])]
-    for data in foreign:
+    foreign = [b"", b"[]", b"7", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"seconds": 1}', b"<svg></svg>"]
+    data = coder_sync.timeline_data(STARTUPS["services"])
+    for key, value in itertools.product(("seconds", "units"), (None, "1", [5], [{}], {"a": 1}, math.inf, 10**400)):
+        foreign.append(json.dumps({**data, key: value}).encode())
+    damage = itertools.product(("unit_name", "status", "started", "ended"), ([[]], {"x": 1}, True, -1e16))
+    for key, value in [*damage, ("started", "1"), ("wants", ["a"])]:
+        foreign.append(json.dumps({**data, "units": [*data["units"][1:], {**data["units"][0], key: value}]}).encode())
+    for text in foreign:
         with pytest.raises(UsageError, match=r"^t.json is not a timeline as `timeline -o json` prints it$"):
-            coder_sync.read_timeline(data, "t.json")
+            coder_sync.read_timeline(text, "t.json")
 
 
 # -- size -----------------------------------------------------------------------------------------------------
@@ -5872,16 +5508,12 @@ def test_why_goes_down_a_chain_to_its_end_and_names_not_too_many() -> None:
 def test_why_without_a_name_is_quick_and_short_for_a_thousand_units() -> None:
     names = [[f"{layer}.{i}" for i in range(100)] for layer in range(10)]
     layers = [unit(name, 0, wants=names[n - 1]) for n in range(1, 10) for name in names[n]]
-    pairs = [unit(f"task number {i}", 0, wants=[f"misspelt number {i}"]) for i in range(1000)]
-    for graph, count in (
-        (startup_of(99, *(unit(name, 0, 0) for name in names[0]), *layers), 22),
-        (startup_of(99, *pairs), 50 * 3 + 1),
-    ):
-        began = time.process_time()
-        lines = coder_sync.why_text(graph).splitlines()
-        assert time.process_time() - began < 2
-        assert len(lines) == count, lines[-1]
-    assert lines[-1] == "(950 more causes)"
+    began = time.process_time()
+    assert coder_sync.why_text(startup_of(99, *(unit(name, 0, 0) for name in names[0]), *layers)).count("\n") == 22
+    assert time.process_time() - began < 2
+    pairs = [unit(f"task number {i}", 0, wants=[f"misspelt number {i}"]) for i in range(100)]
+    lines = coder_sync.why_text(startup_of(99, *pairs)).splitlines()
+    assert len(lines) == 50 * 3 + 1 and lines[-1] == "(50 more causes)"
 
 
 # -- pictures of a real agent -------------------------------------------------------------------------------
@@ -5925,8 +5557,8 @@ def test_events_are_a_json_object_a_line(little: World, call: Call) -> None:
         "7 c registered, 8 c wants b, 9 c waiting b"
     )
     times = [e["time"] for e in events]
-    assert times == sorted(times)
-    assert abs(events[-1]["wall"] - time.time()) < PATIENCE
+    assert times == sorted(times) and abs(events[-1]["wall"] - time.time()) < PATIENCE
+    assert [e.seq for e in little.client.events(since=7)] == [8, 9]
 
 
 def test_events_are_followed_until_the_agent_ends_or_nobody_reads_them(world: World) -> None:
@@ -5943,16 +5575,6 @@ def test_events_are_followed_until_the_agent_ends_or_nobody_reads_them(world: Wo
     agent.terminate()
     done = finish(reads)
     assert (done.returncode, done.stdout, done.stderr[:7], done.stderr.count("\n")) == (3, "", "error: ", 1)
-
-
-def test_the_client_iterates_over_events(agent: World) -> None:
-    client = agent.client
-    client.want("b", "a")
-    assert [(e.seq, e.unit, e.kind) for e in client.events()] == [(1, "b", "registered"), (2, "b", "wants")]
-    assert [e.seq for e in client.events(since=1)] == [2]
-    following = client.events(follow=True, since=2)
-    client.start("a")
-    assert [(e.seq, e.kind) for e in itertools.islice(following, 2)] == [(3, "registered"), (4, "started")]
 
 
 def test_what_happens_while_a_follower_is_told_the_history_comes_after_it(agent: World) -> None:
@@ -5994,22 +5616,15 @@ def test_every_form_of_a_picture_while_units_run(little: World, call: Call) -> N
     assert call.ok(little, "graph", "c", "-o", "mermaid").count("> u") == 2
     data = json.loads(call.ok(little, "graph", "b", "-o", "json"))
     assert data["edges"] == [{"unit_name": "b", "depends_on": "a", "requirement": "success"}]
-    assert data["units"][1] == {"unit_name": "a", "status": "completed", "reason": "", "running_on": False}
-    assert len(data["units"]) == 2
+    assert data["units"][1:] == [{"unit_name": "a", "status": "completed", "reason": "", "running_on": False}]
     assert "nobody" in call(little, "graph", "nobody").stderr
     table = call.ok(little, "status", "c").split("\n\n")[-1].splitlines()
     assert [" ".join(line.split()[1:]) for line in table] == ["EVENT DETAIL", "registered", "wants b", "waiting b"]
-    assert re.fullmatch(r"\+[\d.]+m?s", table[-1].split()[0])
 
 
 def test_a_graph_that_no_agent_of_ours_has_is_refused_in_a_line(world: World, call: Call) -> None:
-    odd: list[Any] = [
-        {"status": "mad"},
-        {"wants": {"b": "success"}},
-        {"wants": {"a": 'start", URL="x'}},
-        {"tries": ["1"]},
-    ]
-    odd += [{key: value} for key in ("started", "ended") for value in (1e308 * 10, -1e308, 10**400, "1", True)]
+    odd: list[Any] = [{"status": "mad"}, {"wants": {"b": "success"}}, {"wants": {"a": 'start", URL="x'}}]
+    odd += [{"tries": ["1"]}, *({"started": value} for value in (1e308 * 10, 10**400, "1", True))]
     commands = ("why", "timeline", "timeline --blame", "timeline -o svg", "graph", "graph -o dot", "graph -o mermaid")
     for change, line in zip(odd, itertools.cycle(commands)):
         nodes = [{"unit_name": "a", "status": "started", "is_ready": True, **change}]
@@ -6024,7 +5639,7 @@ def test_a_saved_timeline_is_compared_with_the_present(little: World, call: Call
     (tmp_path / "good.json").write_text(coder_sync.timeline_as("json", STARTUPS["good"]), encoding="utf-8")
     (tmp_path / "bad.json").write_bytes(b"\xff")
     compared = call.ok(little, "timeline", "--compare", f"{tmp_path}/good.json")
-    assert re.search("^apt +2m05s +- +went", compared, re.M)
+    assert re.search("^apt +2m05s +- +-", compared, re.M)
     transcript = """
 $ timeline --compare DIR/none.json -> 2: cannot read DIR/none.json: No such file or directory
 $ timeline --compare DIR -> 2: cannot read DIR: Is a directory
@@ -6043,26 +5658,15 @@ def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call
     process.kill()
     process.wait()
     play(call, agent, f"$ why a -> {how}that process is gone: it ended without complete.\n")
-    play(
-        call,
-        agent,
-        "$ list -c unit,reason ->\nUNIT  REASON\na     its process is gone\nb\n$ timeline ->\n...\n* a ...gone\n...\n",
-    )
-    play(call, agent, '$ why x -> "x" is not registered: nobody has called want, start or run on it.\n')
+    play(call, agent, "$ list -c unit,reason ->\nUNIT  REASON\na     its process is gone\nb\n")
 
 
 def test_the_agent_of_a_command_leaves_a_timeline_behind_or_says_why_not(world: World) -> None:
-    for path, said in (
-        ("no/such/dir.svg", "warning: cannot write the timeline to "),
-        ("t.txt", ""),
-        ("t.json", ""),
-        ("t.svg", ""),
-    ):
+    for path, said in (("no/such/dir.svg", "warning: cannot write the timeline to "), ("t.txt", ""), ("t.json", "")):
         done = world.shell(f"coder serve --timeline {path} -- coder run a -- false")
         assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == (said != "")
     text = (world.directory / "t.txt").read_text(encoding="utf-8")
     assert "\n* a " in text and "failed" in text
-    assert "1 failed" in (world.directory / "t.svg").read_text(encoding="utf-8")
     assert json.loads((world.directory / "t.json").read_bytes())["units"][0]["status"] == "failed"
 
 
@@ -6096,13 +5700,7 @@ class Boot:
     """A boot that has begun, perhaps under a command; `patch` is code that changes something in the module before."""
 
     def __init__(
-        self,
-        world: World,
-        files: Mapping[str, str | bytes],
-        *options: str,
-        patch: str = "",
-        under: Sequence[str] = (),
-        **popen: Any,
+        self, world: World, files: Mapping[str, Any], *options: str, patch: str = "", under: Any = (), **popen: Any
     ) -> None:
         argv = [*under, *altered(patch, "boot", startup(world, files), *options)]
         self.out = self.told = ""
@@ -6122,13 +5720,13 @@ class Boot:
         self.process.send_signal(number)
 
     def left(self) -> list[int]:
-        """What runs of all that it has started."""
+        """What runs of all that it has started. Where there is no /proc to find it in, the test is skipped."""
+        if not PROC:
+            pytest.skip("no /proc here")
         return [pid for pid in marked(self.mark) if pid != self.process.pid]
 
     def background(self) -> int:
-        """Its background process, once there is one. Where there is no /proc to find it in, the test is skipped."""
-        if not os.path.exists("/proc/self/stat"):
-            pytest.skip("no /proc here")
+        """Its background process, once there is one."""
 
         def leads(pid: int) -> bool:
             with contextlib.suppress(OSError):  # it may have gone meanwhile
@@ -6142,6 +5740,10 @@ class Boot:
         background = self.background()
         return [pid for pid in self.left() if pid != background]
 
+    def gone(self) -> None:
+        """Return once nothing is left of it."""
+        until(lambda: not self.left(), "nothing left")
+
     def ends(self, code: int = 0, out: str | None = None, *told: str, leaves: bool = False) -> str:
         """Wait for its end: with this status, this output, this said among more, and nothing left running.
 
@@ -6151,7 +5753,7 @@ class Boot:
         self.out, self.told = done.stdout, done.stderr
         assert done.returncode == code and out in (None, done.stdout), done
         assert [text for text in told if text not in done.stderr] == [], done.stderr
-        assert leaves or self.left() == [], done.stderr
+        assert leaves or not marked(self.mark), done.stderr
         return done.stderr
 
     def said(self) -> dict[str, list[str]]:
@@ -6167,7 +5769,7 @@ class Boot:
         return {unit: f"{how}: {why}" for how, unit, why in found}
 
 
-def boot_on_terminal(world: World, files: Mapping[str, str | bytes], *options: str) -> tuple[Boot, int]:
+def boot_on_terminal(world: World, files: Mapping[str, str | bytes], *options: str, **more: Any) -> tuple[Boot, int]:
     """A boot that leads the session of a terminal of 70 columns, and the terminal's other end."""
 
     def control() -> None:
@@ -6176,7 +5778,7 @@ def boot_on_terminal(world: World, files: Mapping[str, str | bytes], *options: s
     master, terminal = pty.openpty()
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", 24, 70, 0, 0))
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    boot = Boot(world, files, *options, **streams, preexec_fn=control)
+    boot = Boot(world, files, *options, **streams, **more, preexec_fn=control)
     os.close(terminal)
     return boot, master
 
@@ -6207,13 +5809,11 @@ class Gate:
 
     def keep_open(self, over: Callable[[], bool]) -> None:
         """Let everybody through who comes, until it is over."""
+        until(lambda: (os.close(os.open(self.path, os.O_RDWR)), over())[1])
 
-        def open_and_ask() -> bool:
-            with contextlib.suppress(OSError):
-                os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK))
-            return over()
 
-        until(open_and_ask)
+# What nobody takes is dropped sooner.
+HURRY = "was = coder_sync.Output.write\ncoder_sync.Output.write = lambda *args, timeout=0.0: was(*args, timeout / 5)"
 
 
 @pytest.fixture
@@ -6221,10 +5821,14 @@ def gate(world: World) -> Gate:
     return Gate(world)
 
 
+PROC = os.path.exists("/proc/self/stat")
+needs_proc = pytest.mark.skipif(not PROC, reason="no /proc here")
+
+
 def marked(mark: str) -> list[int]:
     """The processes that have NAME=VALUE in their environment; a zombie has none."""
     found = []
-    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
+    for pid in filter(str.isdigit, os.listdir("/proc") if PROC else []):
         with contextlib.suppress(OSError):
             if mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 found.append(int(pid))
@@ -6235,16 +5839,15 @@ def read_lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def hear(stream: Any, text: str) -> str:
+def hear(pipe: Any, text: str) -> str:
     """Read a pipe until a line with this text has come, and return it; what follows it is left there."""
-    heard, line, deadline = b"", b"", time.monotonic() + PATIENCE
-    while text.encode() not in line:
-        assert select.select([stream], [], [], deadline - time.monotonic())[0], f"never heard {text!r}: {heard!r}"
-        byte = os.read(stream.fileno(), 1)
-        assert byte, f"never said {text!r}: {heard!r}"
-        heard += byte
-        line = heard.rpartition(b"\n")[0].rpartition(b"\n")[2]
-    return line.decode()
+
+    def heard() -> str:
+        line = line_of(pipe)
+        assert line, f"never heard {text!r}"
+        return line if text in line else ""
+
+    return str(until(heard, text))
 
 
 def planned(*paths: str) -> dict[str, coder_sync.Script]:
@@ -6263,9 +5866,6 @@ def mistakes(path: str) -> list[str]:
     except coder_sync.UsageError as error:
         return str(error).replace(path + "/", "").splitlines()
     return []
-
-
-needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc here")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -6552,7 +6152,6 @@ v4: printf 'A=1\nnonsense' > $CODER_SYNC_ENV => failed: line 2 of its $CODER_SYN
 v5: printf '1A=secret' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
 v6: printf 'A=\377' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not UTF-8
 v7: printf 'A=%40000d' 0 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
-v13: yes LONG_NAME=1 | head -c 40000 > $CODER_SYNC_ENV => failed: its $CODER_SYNC_ENV is larger than 32 KiB
 v8: @retry 1 0; test -e v8.n && exit; echo A=3 > $CODER_SYNC_ENV; : > v8.n; exit 1 => try 2 of 2 after exit code 1
 v9: @want v8; echo ${A-unset} => unset
 v10: printf 'A=\000' > $CODER_SYNC_ENV => failed: line 1 of its $CODER_SYNC_ENV is not NAME=VALUE
@@ -6571,17 +6170,13 @@ s7: @ready sleep 60; @ready-timeout 900ms; sleep 60
     => failed: not ready after 900ms: sleep 60 (its first try has not ended)
 s8: $SYNC complete s8 -q; echo oops; exit 3 => oops / died: completed, then ended: exit code 3
 s9: @want s8; while $SYNC wait s8 -q 2>&-; do sleep 0.3; done; echo s9 => s9
-s10: @want s3; echo s10 => skipped: dependency "s3" failed (not ready after 900ms: file:up (no such file))
 # past its timeout, which bounds the run and not the waiting, a script and its children end, and what a failure leaves
 t1: @timeout 200ms; exec sleep 60 => failed: timed out after 200ms
-t2: @timeout 200ms; sleep 60 & sleep 60 => failed: timed out after 200ms
 t3: @timeout 200ms; trap '' TERM INT; while :; do sleep 60; done => failed: timed out after 200ms
 t4: @timeout 200ms; (trap '' TERM; exec sleep 60) & sleep 60 => failed: timed out after 200ms
-t5: @want t1; echo t5 => skipped: dependency "t1" failed (timed out after 200ms)
 t10: @ready file:t10; @timeout 900ms; : > t10; exec sleep 60 => died: completed, then ended: timed out after 900ms
 t6: sleep 0.5 =>
 t7: @want t6; @timeout 400ms; echo t7 => t7
-t8: sleep 60 & exit 3 => failed: exit code 3
 t9: (trap '' TERM; exec sleep 60) & exit 3 => failed: exit code 3
 # what fails is tried again, and only the last try counts
 r1: @retry 3 100ms; echo n >> n; n=$(($(wc -l < n))); : > n$n; test $n = 3 && exit; sleep 60 & exit 9
@@ -6606,11 +6201,10 @@ o6: printf 'caf\303\251\000\n' => caféNUL
 o7: echo out; echo err >&2 => out / err
 o8: exec >&- 2>&-; sleep 0.05 =>
 # a script that changes after the check runs as it is then, or fails alone
-w1: cd startup.d; rm w2; chmod 644 w3; echo '#!/no/such' > w4; echo exit > w5; printf '#!/bin/sh\necho new\n' > w6 =>
+w1: cd startup.d; rm w2; chmod 644 w3; echo '#!/no/such' > w4; printf '#!/bin/sh\necho new\n' > w6 =>
 w2: @want w1; echo old => failed: cannot run DIR/startup.d/w2: No such file or directory
 w3: @want w1; echo old => failed: cannot run DIR/startup.d/w3: Permission denied
 w4: @want w1; echo old => failed: cannot run DIR/startup.d/w4: the interpreter that its first line names does not exist
-w5: @want w1; echo old => failed: cannot run DIR/startup.d/w5: Exec format error
 w6: @want w1; echo old => new
 """
 
@@ -6652,9 +6246,7 @@ def test_scripts_run_and_end_as_told(agent: World, gate: Gate) -> None:
     assert read_lines(agent.directory / "logs" / "r1.log") == says["r1"]
 
 
-def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
-    world: World, gate: Gate, call: Call
-) -> None:
+def test_other_terminals_can_ask_while_it_boots(world: World, gate: Gate, call: Call) -> None:
     early = Gate(world, "early")
     files = {"10-a.sh": "cat gate", "b": "@want a", "z": "cat early &"}
     boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.CHECK_EVERY = 600")
@@ -6664,7 +6256,7 @@ def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
     until(lambda: (world.client.status("a").owner or Owner(0, "")).pid == pid, "the script as owner")
     found = re.findall(r"^(\w+) +(\w+)", call.ok(world, "list"), re.M)[1:]
     assert found == [("a", "started"), ("b", "pending"), ("z", "completed")]
-    assert f"(pid {pid})" in call.ok(world, "why", "b") and "a" in call.ok(world, "graph", "b")
+    assert f"(pid {pid})" in call.ok(world, "why", "b")
     assert world.client.graph().nodes[0].log == str(world.directory / "logs" / "a.log")
     early.open()
     until(lambda: len(boot.scripts()) == 2)  # and what z has left behind is not said to run on
@@ -6673,9 +6265,7 @@ def test_other_terminals_can_ask_while_it_boots_and_the_socket_goes_with_it(
     assert not os.path.exists(world.path)
 
 
-def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_services_and_is_the_status(
-    world: World,
-) -> None:
+def test_a_boot_that_stays_serves_other_boots_until_a_signal(world: World) -> None:
     good = {"a": "echo a >> ran", "b": "@want a\necho b >> ran"}
     broken = {**good, "a": "echo a >> ran; exit 1"}
     stays = Boot(world, {**good, "c": "@ready file:up\n: > up; exec sleep 60"}, "--stay")
@@ -6683,7 +6273,6 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
     for files, code in ((good, 0), (broken, 1), (broken, 1), (good, 0)):
         Boot(world, files).ends(code)
     assert read_lines(world.directory / "ran") == ["a", "b", "a", "b", "a", "a", "a", "b"]
-    assert world.client.ping()["pid"] == stays.background()
     guest = Boot(world, {"d": ""}, "--stay")
     guest.says("staying")
     stays.signal()
@@ -6694,11 +6283,8 @@ def test_a_boot_that_stays_serves_boots_in_any_order_until_a_signal_which_ends_s
 def test_a_boot_is_refused_while_one_of_its_units_is_somebody_elses(world: World, gate: Gate) -> None:
     boot = Boot(world, {"a": "cat gate", "b": "@want a"})
     gate.reached()
-    somebody = world.connect()
-    somebody.call("start", unit="c", hold=True)
     before = list(world.client.events())
-    refused = {"a b": '"[ab]" is (started|claimed)', "b x": '"b" is claimed', "c": '"c" is started'}
-    for units, why in refused.items():
+    for units, why in {"a b": '"[ab]" is (started|claimed)', "b x": '"b" is claimed'}.items():
         done = world.run("boot", startup(world, dict.fromkeys(units.split(), ""), "other.d"))
         assert (done.returncode, done.stdout) == (1, "")
         assert re.match(f"error: unit {why} by .* \\(pid \\d+\\)", done.stderr)
@@ -6711,14 +6297,15 @@ def test_the_agent_of_a_boot_lives_as_long_as_another_boot_needs_it(world: World
     early = Gate(world, "early")
     one = Boot(world, {"a": "cat early"})
     early.reached()
-    two = Boot(world, {"b": "cat gate; $SYNC status b -o json > status"})
+    two = Boot(world, {"b": "cat gate; $SYNC status b"})
     gate.reached()
     early.open()
-    one.ends(0, leaves=True)
+    one.ends(leaves=True)
     gate.open()
-    two.ends(0)
-    until(lambda: one.left() == [] and not os.path.exists(world.path))
-    assert json.loads((world.directory / "status").read_text())["status"] == "started"
+    two.ends()
+    assert "Status: started" in two.said()["b"]
+    one.gone()
+    assert not os.path.exists(world.path)
 
 
 def test_a_boot_at_an_agent_that_ends_before_it_answers_is_the_agent_itself(world: World, gate: Gate) -> None:
@@ -6729,28 +6316,19 @@ def test_a_boot_at_an_agent_that_ends_before_it_answers_is_the_agent_itself(worl
     time.sleep(0.3)  # it asks again and again
     assert two.process.poll() is None
     gate.open()
-    one.ends(0, "a | a\n", "1 completed")
-    two.ends(0, "a | a\n", "1 completed")
-    with socket.socket(socket.AF_UNIX) as listener:  # or hangs up without a word
-        listener.bind(world.path)
-        listener.listen()
-        three = Boot(world, {"a": "echo a"})
-        asked, _ = listener.accept()
-        assert b'"boot"' in asked.recv(65536)
-    asked.close()
-    three.ends(0, "a | a\n")
+    one.ends(0, "a | a\n")
+    two.ends(0, "a | a\n")
 
 
-@needs_proc
 def test_what_goes_on_behind_its_unit_is_heard_and_looked_after_until_it_ends(world: World) -> None:
     early, more, last, daemon = (Gate(world, name) for name in ("early", "more", "last", "daemon"))
     text = "$SYNC complete a -q; cat early; echo a; cat more; echo $CODER_SYNC_UNIT says more; printf end"
     files = {"a": text, "b": "(cat daemon; echo from the daemon; printf 'its end') &\necho script", "d": "cat last"}
+    files["c"] = "@want a b\necho c"
     with open(world.directory / "out", "wb") as out:
-        boot = Boot(world, {**files, "c": "@want a b\necho c"}, "--log-dir", "logs", stdout=out)
+        boot = Boot(world, files, "--log-dir", "logs", patch="coder_sync.CHECK_EVERY = 0.1", stdout=out)
     early.reached(), daemon.reached(), last.reached()
     until(lambda: "c | c" in read_lines(world.directory / "out"))
-    assert world.status("a") == "completed"
     until(lambda: world.client.graph().nodes[0].running_on, "a service that is known to run on")
     early.open()
     until(lambda: "a | a" in read_lines(world.directory / "out"))
@@ -6758,7 +6336,7 @@ def test_what_goes_on_behind_its_unit_is_heard_and_looked_after_until_it_ends(wo
     boot.ends(0, None, "\nstill running: a, b\n", leaves=True)
     assert world.status("a") == "completed"
     more.open(), daemon.open()
-    until(lambda: boot.left() == [] and not os.path.exists(world.path))
+    boot.gone()
     boot.out = (world.directory / "out").read_text()
     said = {"a": ["a", "a says more", "end"], "b": ["script", "from the daemon", "its end"], "c": ["c"]}
     assert boot.said() == said
@@ -6773,7 +6351,7 @@ def test_a_script_may_tell_its_outcome_and_tidy_up_and_need_not_start_its_unit(w
     told.open()
     gate.open()
     boot.ends(1, leaves=True)
-    until(lambda: boot.left() == [])
+    boot.gone()
     hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
     assert boot.said() == {"a": [f'error: unit "a" was started by boot; {hint}'] * 2, "c": ["tidied"]}
     assert boot.unsuccessful() == {"c": "failed: no disk", "d": 'skipped: dependency "c" failed (no disk)'}
@@ -6824,26 +6402,22 @@ def test_a_service_completes_when_its_probe_succeeds_and_runs_on(world: World) -
 
 def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_known() -> None:
     assert coder_sync.address_of("65535") == ("", 65535)
-    for text, host in (
-        ("db", "db"),
-        ("d\u00e4.b.", "d\u00e4.b."),
-        ("[::1]", "::1"),
-        ("[fe80::1%eth0]", "fe80::1%eth0"),
-    ):
+    for text, host in (("d\u00e4.b.", "d\u00e4.b."), ("[fe80::1%eth0]", "fe80::1%eth0")):
         assert coder_sync.address_of(f"{text}:1") == coder_sync.address_of(f"{text}:1", 80) == (host, 1)
         assert coder_sync.address_of(text, 80) == (host, 80)
     assert coder_sync.Probe("tcp://db:5432/").address == coder_sync.Probe("tcp:db:5432").address
-    odd = ["", ":", "http", "0", "65536", "-1", "1" * 5000, "\u0661", "a b:1", "[a]b:1", "[a:1"]
-    for text in (*odd, "\0:1", "a@b:1", "a/b:1", "\ud800:1", "\x1b[31m:1"):
+    odd = ["", ":", "http", "0", "65536", "-1", "1" * 5000, "\u0661", "a b:1", "[a]b:1", "[a:1", "a@b:1", "\x1b[31m:1"]
+    for text in odd:
         with pytest.raises(UsageError, match="is no address") as caught:
             coder_sync.address_of(text)
         assert str(caught.value).isprintable() and len(str(caught.value)) < 150
-    try:
-        server = socket.create_server(("::1", 0), family=socket.AF_INET6)
-    except OSError:
-        return  # no such protocol here
-    with server:
-        coder_sync.connect(coder_sync.Probe(f"tcp:{server.getsockname()[1]}")).close()
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no such protocol here")
+def test_a_port_without_a_host_is_one_of_this_machine_by_either_protocol() -> None:
+    for host, family in (("::1", socket.AF_INET6), ("127.0.0.1", socket.AF_INET)):
+        with socket.create_server((host, 0), family=family) as server:
+            coder_sync.connect(coder_sync.Probe(f"tcp:{server.getsockname()[1]}")).close()
 
 
 WEB = "http://127.0.0.1:{}"
@@ -6902,14 +6476,6 @@ def test_the_user_and_password_of_an_address_are_sent_and_never_shown(agent: Wor
     assert "cret" not in said and "not ready after 500ms: http://***@127.0.0.1:" in said, said
 
 
-def test_a_try_of_a_command_takes_its_time_and_ends_with_all_that_it_started(world: World) -> None:
-    patch = "coder_sync.TRY_TIMEOUT = 0.01"
-    probe = "sleep 60 & echo $! >> left; sleep 0.2; test -e up || { : > up; exit 1; }"
-    assert finish(world.spawn(altered(patch, "wait", "--ready", probe))).returncode == 0
-    left = read_lines(world.directory / "left")
-    until(lambda: len(left) == 2 and not any(alive(int(pid)) for pid in left))
-
-
 @needs_proc
 def test_a_try_that_hangs_ends_with_all_that_it_started(world: World) -> None:
     probe = "timeout 60 sleep 60 & a=$!; setsid sleep 60 & echo $a $! $$ > pids; sleep 60"
@@ -6919,39 +6485,22 @@ def test_a_try_that_hangs_ends_with_all_that_it_started(world: World) -> None:
     until(lambda: not any(alive(int(pid)) for pid in pids))
 
 
-def checked(world: World, probe: str) -> coder_sync.Prober:
-    """A probe that was tried once, as before its command."""
-    prober = coder_sync.Prober(probe, coder_sync.environment(), once=True)
-    assert select.select([prober], [], [], PATIENCE)[0]
-    prober.close()
-    return prober
-
-
 @needs_proc
-def test_what_answers_before_its_command_is_run_is_named(world: World) -> None:
+def test_a_unit_whose_probe_succeeds_already_fails_before_its_command_is_run(world: World, shared: World) -> None:
     code = "import os, socket; s = [socket.create_server(('127.0.0.1', 0)), socket.socket(socket.AF_UNIX)]"
     code += "; s[1].bind('up.sock'); s[1].listen(); os.write(1, b'%d\\n' % s[0].getsockname()[1])\n"
     code += "while 1:\n c = s[0].accept()[0]; c.send(b'HTTP/1.0 200 x\\r\\n')"
     server = world.spawn([*PYTHON, code])
     port = int(line_of(server.stdout))
-    name = Path(f"/proc/{server.pid}/comm").read_text().strip()
-    for probe in (f"tcp:{port}", f"tcp://localhost:{port}/", f"unix:{world.directory}/up.sock", WEB.format(port)):
-        found = checked(world, probe)
-        assert found.ready() and found.listener_text() == f" (pid {server.pid}, {name})", probe
-    stopped(server)
-    for probe in (f"tcp:{port}", f"unix:{world.directory}/up.sock", WEB.format(port)):
-        assert not checked(world, probe).ready(), probe
-
-
-def test_a_unit_whose_probe_succeeds_already_fails_before_its_command_is_run(world: World, shared: World) -> None:
-    name = f"old-{next(COUNT)}"
-    with socket.create_server(("127.0.0.1", 0)) as old:
-        probe = f"tcp:{old.getsockname()[1]}"
-        why = f"{probe} answers already, before the command was run: end what listens there (pid {os.getpid()}, "
-        boot = Boot(world, {"a": f"@ready {probe}\ntouch ran", "b": "@want a\ntouch ran"})
-        boot.ends(1, "", f"failed: a ({why}", "skipped: b")
-        done = shared.run("run", name, "--ready", probe, "--", "touch", str(world.directory / "ran"))
-    assert done.returncode == 125 and done.stderr.startswith(f"error: {name}: {why}"), done
+    who = f"end what listens there (pid {server.pid}, {Path(f'/proc/{server.pid}/comm').read_text().strip()}) first"
+    probes = {"tcp": f"tcp:{port}", "host": f"tcp://localhost:{port}/", "unix": "unix:up.sock", "web": WEB.format(port)}
+    files = {name: f"@ready {probe}\ntouch ran" for name, probe in probes.items()}
+    boot = Boot(world, {**files, "z": "@want tcp\ntouch ran"})
+    whys = {name: f"{probe} answers already, before the command was run: {who}" for name, probe in probes.items()}
+    boot.ends(1, "", "skipped: z", *(f"failed: {name} ({why}); " for name, why in whys.items()))
+    unit = f"old-{next(COUNT)}"
+    done = shared.run("run", unit, "--ready", probes["tcp"], "--", "touch", str(world.directory / "ran"))
+    assert (done.returncode, done.stderr) == (125, f"error: {unit}: {whys['tcp']}\n")
     assert not (world.directory / "ran").exists()
 
 
@@ -6969,13 +6518,9 @@ def test_what_was_there_before_the_command_is_no_sign_that_it_is_ready(world: Wo
     for name in ("up", "old"):
         (world.directory / name).touch()
     Gate(world, "end"), Gate(world, "end2")
-    files = {
-        "a": "@ready file:up\nsleep 0.2; echo > up; cat end",
-        "b": "@ready true\ncat end",
-        "c": "@want a b\n: > end",
-    }
-    files.update(d="@ready test -e up && sleep 0.2\n@want a\ncat end2", e="@want c d\n: > end2")
-    files.update(f="@ready file:old\n@ready-timeout 200ms\nsleep 60")
+    files = {"a": "@ready file:up\nsleep 0.2; echo > up; cat end", "b": "@ready true\ncat end"}
+    files.update(c="@want a b\n: > end", d="@ready test -e up && sleep 0.2\n@want a\ncat end2")
+    files.update(e="@want c d\n: > end2", f="@ready file:old\n@ready-timeout 200ms\nsleep 60")
     slow = "coder_sync.CHECK_TIMEOUT = 0.1"  # a probe that hangs is no reason to wait
     told = Boot(world, files, patch=slow).ends(1, "", "boot: 5 completed, 1 failed", leaves=True)
     assert "f (not ready after 200ms: file:old (it is as it was before the command was run)" in told
@@ -6983,41 +6528,30 @@ def test_what_was_there_before_the_command_is_no_sign_that_it_is_ready(world: Wo
     assert told.count("warning: ") == 1, told
 
 
-@needs_proc
-def test_nothing_is_probed_any_more_once_a_service_is_ready(shared: World) -> None:
-    name = f"up-{next(COUNT)}"
-    run = shared.popen("run", name, "--ready", f"test -e {name}", "--", "sh", "-c", f": > {name}; exec sleep 60")
-    until(lambda: shared.client.list() and shared.status(name) == "completed")
-    until(lambda: len(os.listdir(f"/proc/{run.pid}/task")) == 1, "no thread that probes")
-
-
-def test_who_waits_for_a_service_is_told_that_it_is_not_ready_yet_and_what_would_say_so(
-    agent: World, call: Call
-) -> None:
-    up = agent.directory / "up"
-    Boot(agent, {"cache": "@ready file:up\nsleep 60"})
-    agent.popen("run", "db", "--ready", f"file:{up}", "--", "sleep", "60")
-    for name, probe in (("cache", "file:up"), ("db", f"file:{up}")):
+def test_who_waits_for_a_service_is_told_what_it_lacks(agent: World, call: Call) -> None:
+    code = agent.directory / "code"
+    code.write_text("exit 3")
+    often = "coder_sync.ERROR_EVERY = 0.1"
+    Boot(agent, {"cache": f"@ready . {code}\nsleep 60"}, patch=often)
+    run = agent.spawn(altered(often, "run", "db", "--ready", f". {code}", "--", "sleep", "60"))
+    for name in ("cache", "db"):
         reason = until(lambda: agent.client.status(name).reason, name)  # noqa: B023
-        assert reason == f"not ready yet: {probe}"
+        assert reason == f"not ready yet: . {code}"
         peer = agent.connect()
         peer.request("start", unit=f"after {name}", dependencies=[name], progress=True)
         (row,) = peer.read()["params"]["missing"]
-        assert f"{name} started " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
-        assert f" ago ({reason}) by " in coder_sync.dependency_text(coder_sync.record(Dependency, row))
-        until(lambda: re.search(rf"; it is probing {probe} for \S+ \(no such file\)", call.ok(agent, "why", name)))  # noqa: B023
-    up.touch()
+        text = coder_sync.dependency_text(coder_sync.record(Dependency, row))
+        assert f"{name} started " in text and f" ago ({reason}) by " in text
+        until(lambda: agent.client.status(name).probe_error == "exit code 3")  # noqa: B023
+    code.write_text("exit 4")
+    until(
+        lambda: f"it is probing . {code} for " in (told := call.ok(agent, "why")) and told.count("(exit code 4)") == 2
+    )
+    code.write_text("exit 0")
     until(lambda: agent.status("cache") == agent.status("db") == "completed")
     assert [unit.reason for unit in agent.client.list()] == ["", "", "", ""]
-
-
-def test_the_agent_knows_what_a_probe_lacks_now(agent: World) -> None:
-    code = agent.directory / "code"
-    for n in (3, 4):
-        code.write_text(f"exit {n}")
-        if n == 3:
-            agent.popen("run", "a", "--ready", f". {code}", "--", "sleep", "60")
-        until(lambda: f"exit code {n}" in agent.client.status("a").probe_error)  # noqa: B023
+    if PROC:
+        until(lambda: len(os.listdir(f"/proc/{run.pid}/task")) == 1, "no thread that probes")
 
 
 # Says each of its words, then what systemd-notify(1) does: fails unless the descriptor that it sends is taken.
@@ -7049,30 +6583,16 @@ def test_what_a_service_says_is_taken_until_it_has_ended_also_from_another_user(
     boot.ends(0, "b | all\n", leaves=True)
 
 
-@needs_proc
-def test_a_service_that_speaks_without_end_costs_nothing(shared: World) -> None:
-    says = "import os, socket; s = socket.socket(1, 2); s.connect(os.environ['NOTIFY_SOCKET']); s.send(b'READY=1')"
-    command = [*PYTHON, says + "\nwhile True: s.send(b'x' * 1000)"]
-    began, name = time.monotonic(), f"loud-{next(COUNT)}"
-    run = shared.popen("run", name, "--ready", "notify", "--", *command)
-    until(lambda: shared.client.graph().nodes and shared.status(name) == "completed")
-    time.sleep(1)
-    used = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    assert sum(map(int, used)) / os.sysconf("SC_CLK_TCK") < 0.4 * (time.monotonic() - began)
-    assert stopped(run).returncode == 143
-
-
-@pytest.mark.parametrize("kind", ["fifo", "directory", "socket"])
-def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: World, kind: str) -> None:
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
+def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: World, make: Any) -> None:
     name = str(agent.directory / "it.svg")
-    with socket.socket(socket.AF_UNIX) as listener:
-        {"fifo": os.mkfifo, "directory": os.mkdir, "socket": listener.bind}[kind](name)
-        scripts = startup(agent, {"a": ""})
-        calls = [["timeline", "--compare", name], ["boot", scripts, "-q", "--timeline", name], ["boot", name]]
-        calls += [["serve", option, name, "--socket-path", "other"] for option in ("--pid-file", "--log-file")]
-        for words in calls:
-            said = agent.run(*words).stderr
-            assert said.count(name) == 1 and len(said.splitlines()) <= 2 and "internal" not in said, (words, said)
+    make(name)
+    scripts = startup(agent, {"a": ""})
+    calls = [["timeline", "--compare", name], ["boot", scripts, "-q", "--timeline", name], ["boot", name]]
+    calls += [["serve", option, name, "--socket-path", "other"] for option in ("--pid-file", "--log-file")]
+    for words in calls:
+        said = agent.run(*words).stderr
+        assert said.count(name) == 1 and len(said.splitlines()) <= 2 and "internal" not in said, (words, said)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7081,9 +6601,7 @@ def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: Wo
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_no_more_than_so_many_jobs_run_at_once_and_what_ends_from_outside_takes_no_place(
-    world: World, gate: Gate, jobs: int
-) -> None:
+def test_no_more_than_so_many_jobs_run_at_once(world: World, gate: Gate, jobs: int) -> None:
     files = {f"x{i}": "sleep 0.02" if i < 6 else "@want x1 x2\nsleep 0.02" for i in range(9)}
     boot = Boot(world, {"a": "cat gate", **files}, "--jobs", f"{jobs}", "--timeline", "t.json")
     gate.reached()
@@ -7111,7 +6629,7 @@ def test_fail_fast_stops_what_runs_at_the_first_failure_or_death(world: World, g
     assert boot.unsuccessful()["b"].endswith("stopped: another unit ended")
 
 
-def test_the_summary_shows_the_last_ten_lines_of_what_failed_and_a_reason_if_there_is_one(world: World) -> None:
+def test_the_summary_shows_the_last_ten_lines_of_what_failed(world: World) -> None:
     files = {"a": "seq 1 30; printf 'the end' >&2; exit 2", "b": "$SYNC fail b -q"}
     boot = Boot(world, files, "--quiet", "--timeline", "t.svg")
     shown = "".join(f"    | {line}\n" for line in (*range(22, 31), "the end"))
@@ -7120,16 +6638,13 @@ def test_the_summary_shows_the_last_ten_lines_of_what_failed_and_a_reason_if_the
     assert (world.directory / "t.svg").read_text().startswith("<svg")
 
 
-@needs_proc
-def test_a_quiet_boot_that_succeeds_says_nothing_and_leaves_no_output_open_behind_a_daemon(world: World) -> None:
+def test_a_quiet_boot_that_succeeds_says_nothing(world: World) -> None:
     files, quick = {"a": "echo a; sleep 0.1", "b": "sleep 60 &"}, "coder_sync.REPORT_EVERY = 0.01"
     (world.directory / "logs").mkdir()
     (world.directory / "logs" / "a.log").write_text("of an earlier boot\n")
     boot = Boot(world, files, "--quiet", "--log-dir", "logs", patch=quick)
     assert boot.ends(0, "", leaves=True) == ""  # which reads to the end of file
     assert (world.directory / "logs" / "a.log").read_text() == "a\n"
-    for pid in boot.left():
-        os.kill(pid, signal.SIGKILL)
 
 
 def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, gate: Gate) -> None:
@@ -7157,15 +6672,6 @@ def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, ga
 # ---------------------------------------------------------------------------------------------------------
 
 STUBBORN = "trap '' TERM INT; echo on; cat gate; while :; do sleep 60; done"
-SPY = """
-signal_to = coder_sync.signal_to
-def spy(pid, *numbers):
-    if numbers[0] != 0:
-        with open("signals", "a") as file:
-            print(pid, numbers[0], file=file)
-    return numbers[0] == {deaf} or signal_to(pid, *numbers)
-coder_sync.signal_to = spy
-"""  # writes down what is sent, and does not send what a process is to be deaf for
 
 
 @needs_proc
@@ -7218,31 +6724,26 @@ def test_what_ignores_the_signal_is_killed_after_the_grace_or_at_a_second_one(wo
     assert grace == "10m" or time.monotonic() - began >= 0.2
 
 
-@needs_proc
 def test_term_is_sent_once_and_what_kill_does_not_end_is_named(world: World, gate: Gate) -> None:
+    spy = """
+coder_sync.LAST_WAIT, signal_to = 0.5, coder_sync.signal_to
+def spy(pid, *numbers):
+    if numbers[0] != 0:
+        with open("signals", "a") as file:
+            print(pid, numbers[0], file=file)
+    return numbers[0] == 9 or signal_to(pid, *numbers)  # no KILL arrives
+coder_sync.signal_to = spy
+"""
     files = {"left": "(trap '' TERM; : > up; cat end) & while ! test -e up; do :; done; exit 3"}
     files.update(deaf="@timeout 50ms\ntrap '' TERM; exec cat gate", obeys="@timeout 50ms\nsleep 60 & sleep 60")
     end = Gate(world, "end")
-    patch = f"coder_sync.LAST_WAIT = 0.5{SPY.format(deaf=9)}"
-    told = Boot(world, files, "--grace", "100ms", patch=patch).ends(1, "", leaves=True)
+    told = Boot(world, files, "--grace", "100ms", patch=spy).ends(1, "", leaves=True)
     gate.open(), end.open()
     lines = read_lines(world.directory / "signals")
     pids = re.findall(r"(?:exit code 3|timed out after 50ms); cannot be killed: (\d+) \(", told)
     assert len(pids) == 2 and all(lines.count(f"{pid} 15") == 1 and f"{pid} 9" in lines for pid in pids), told
     others = {line.split()[0].lstrip("-") for line in lines} - {*pids}
     assert all(f"{pid} 9" not in lines for pid in others), "what has obeyed is left alone"
-
-
-def test_kill_is_sent_though_boot_could_not_run_when_it_was_due(world: World, gate: Gate) -> None:
-    text = "@timeout 100ms\n(trap '' TERM; cat gate) & cat gate"
-    boot = Boot(world, {"a": text}, "--grace", "300ms", patch=SPY.format(deaf=None))
-    gate.reached()
-    until((world.directory / "signals").exists)
-    background = boot.background()
-    os.kill(background, signal.SIGSTOP)
-    time.sleep(1.5)
-    os.kill(background, signal.SIGCONT)
-    boot.ends(1)
 
 
 def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: Gate) -> None:
@@ -7286,7 +6787,7 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
 
 @needs_proc
 def test_a_terminal_that_takes_no_more_holds_up_neither_scripts_nor_a_signal(world: World, gate: Gate) -> None:
-    boot, master = boot_on_terminal(world, {"a": "yes | head -c 100000", "b": "@want a\ncat gate"})
+    boot, master = boot_on_terminal(world, {"a": "yes | head -c 100000", "b": "@want a\ncat gate"}, patch=HURRY)
     gate.reached()
     boot.signal()
     assert boot.process.wait(PATIENCE) == 143
@@ -7303,7 +6804,7 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
 
 
-def test_the_prefix_is_as_wide_as_the_longest_name_up_to_a_limit_and_red_is_left_to_failures() -> None:
+def test_the_prefix_is_as_wide_as_the_longest_name_and_never_red() -> None:
     for names, width in ((["a"], 1), (["a", "abc"], 3), (["a", *(f"{i}" + "n" * 60 for i in range(50))], 24)):
         out = coder_sync.Output(names, quiet=False)
         for name in names:
@@ -7344,9 +6845,9 @@ def test_no_process_of_a_failed_script_outlives_it_whatever_its_group_or_session
 
 
 @needs_proc
-@pytest.mark.parametrize("escape", ["child", "timeout", "forks", "failed"])
+@pytest.mark.parametrize("escape", ["timeout", "failed"])
 def test_a_try_of_a_run_leaves_nothing_to_the_next(agent: World, escape: str) -> None:
-    script = ESCAPES.get(escape, "sleep 7; true")
+    script = ESCAPES[escape]
     mark = f"RUN={os.urandom(8).hex()}"
     count = f"for p in $(grep -lszxF {mark} /proc/[0-9]*/environ); do cat ${{p%environ}}comm; done | grep -c sleep"
     late = ["--ready", "notify", "--ready-timeout", "600ms", "--retry", "1", "--retry-delay", "0"]
@@ -7393,8 +6894,8 @@ def test_the_first_process_is_told_to_end_and_when_it_has_the_others(world: Worl
 
 def test_the_others_are_told_to_end_after_half_of_the_time_too(world: World) -> None:
     worker = "sh -c \"trap 'echo worker ends; exit' TERM; sleep 60 & wait; sleep 1\" &"
-    script = f"@timeout 1s\nexec 2> err\n{worker} trap 'echo told' TERM; while :; do sleep 0.1; done"
-    Boot(world, {"a": script}, "--grace", "3s").ends(1, "a | told\na | worker ends\n")
+    script = f"@timeout 300ms\nexec 2> err\n{worker} trap 'echo told' TERM; while :; do sleep 0.05; done"
+    Boot(world, {"a": script}, "--grace", "1s").ends(1, "a | told\na | worker ends\n")
 
 
 @needs_proc
@@ -7403,7 +6904,7 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
     for own in (True, False):
         family = coder_sync.Family(other.pid, own, "")
         family._known[other.pid] = int(coder_sync.stat_of(other.pid)[19]) - 1
-        family.first = False
+        family.first_alive = False
         family.scan(coder_sync.Processes)
         assert family.pids() == []
         family.terminate_others(), family.kill()
@@ -7414,7 +6915,7 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
 def test_what_proc_hides_of_a_group_counts_as_left_unless_it_is_a_zombie(world: World) -> None:
     other = world.spawn(["sleep", "60"])
     family, hidden = coder_sync.Family(other.pid, True, ""), coder_sync.Processes()
-    family.first = False
+    family.first_alive = False
     del hidden.births[other.pid]
     assert family.scan(lambda: hidden)
     hidden.zombie_groups.add(other.pid)
@@ -7477,67 +6978,45 @@ def test_names_of_whatever_letters_have_a_prefix_a_path_and_a_log(world: World) 
     files = {f"{i}": f'@unit {shlex.quote(unit)}\necho {i} "$0"' for i, unit in enumerate(units)}
     path = startup(world, files, "my 'dir' $HOME")
     out = world.ok("boot", path, "--log-dir", "the logs'", encoding="utf-8")
-    assert sorted(line.split(" | ")[1] for line in out.splitlines()) == [f"{i} {path}/{i}" for i in range(4)]
+    texts = [f"{i} {path}/{i}" for i in range(4)]
+    assert sorted(line.split(" | ")[1] for line in out.splitlines()) == texts
     assert 'it\'s a "b" $(x)' in out and "x/y z  " in out
-    logs = (world.directory / "the logs'").iterdir()
-    assert sorted(log.read_text() for log in logs) == [f"{i} {path}/{i}\n" for i in range(4)]
+    assert sorted(log.read_text() for log in (world.directory / "the logs'").iterdir()) == [f"{t}\n" for t in texts]
 
 
 def test_much_output_hurts_neither_the_memory_nor_the_others(world: World) -> None:
     many = f"#!{sys.executable} -IS\nfor _ in range(500): print(('x' * 999 + chr(10)) * 100, end='')"
     files = {"many": many, "long": "@want many\nhead -c 30000000 /dev/zero | tr '\\000' x", "b": "echo still here"}
-    files.update(binary="@want long\nhead -c 3000000 /dev/urandom")
     with open(world.directory / "out", "wb") as out:
         boot = Boot(world, files, "--stay", stdout=out)
     boot.says("staying")
-    peak = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{boot.background()}/status").read_text())
-    assert peak and int(peak.group(1)) < 40 * 1024
+    assert int(coder_sync.proc_line(boot.background(), "VmHWM:").split()[0]) < 40 * 1024
     boot.signal()
     boot.ends(143)
     seen = (world.directory / "out").read_bytes()
-    assert seen.count(b"many   | " + b"x" * 999 + b"\n") == 50000
-    assert b"b      | still here\n" in seen and len(seen) > 83e6 and max(map(len, seen.split(b"\n"))) < 80_000
+    assert seen.count(b"many | " + b"x" * 999 + b"\n") == 50000
+    assert b"b    | still here\n" in seen and len(seen) > 80e6 and max(map(len, seen.split(b"\n"))) < 80_000
 
 
 def test_a_stdout_that_is_closed_early_or_never_open_does_not_stop_the_boot(world: World) -> None:
     boot = Boot(world, {"a": "seq 1 100000", "b": "@want a\ntouch ran"})
     boot.prints("a | 1")
-    assert boot.process.stdout
-    boot.process.stdout.close()
+    boot.process.stdout.close()  # type: ignore[union-attr]
     assert boot.process.wait(PATIENCE) == 0 and (world.directory / "ran").exists()
     Boot(world, {"a": "echo a; touch ran-again"}, under=["sh", "-c", 'exec "$@" >&-', "-"]).ends(0, "")
     assert (world.directory / "ran-again").exists()
 
 
 @needs_proc
-def test_a_reader_that_stops_does_not_keep_it_from_obeying(world: World) -> None:
-    sooner = "was = coder_sync.Output.write\n"
-    sooner += "coder_sync.Output.write = lambda *args, timeout=0.0: was(*args, timeout / 5)"
+def test_a_reader_that_stops_holds_up_scripts_but_no_signal(world: World) -> None:
     files = {"a": "echo $$ > pid; exec cat /dev/zero", "b": "exec sleep 60"}
-    boot = Boot(world, files, patch=sooner, stderr=subprocess.STDOUT)
-    stdout: Any = boot.process.stdout
-
-    def stands_still() -> str:
-        io = Path(f"/proc/{(world.directory / 'pid').read_text().strip()}/io")
-        before = io.read_text()
-        assert world.status("a") == "started"  # the agent answers all the while
-        time.sleep(0.02)
-        return before if before == io.read_text() else ""
-
-    until(lambda: struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, b"1234"))[0] > 60000, "a full pipe")
-    found = re.search(r"wchar: (\d+)", until(stands_still, "a script that has to wait for the reader"))
-    assert found and int(found.group(1)) < 2e6
+    boot = Boot(world, files, patch=HURRY, stderr=subprocess.STDOUT)
+    pid = int(until(lambda: read_lines(world.directory / "pid"))[0])
+    at_rest(pid)
+    assert int(re.findall(r"wchar: (\d+)", Path(f"/proc/{pid}/io").read_text())[0]) < 2e6
+    assert world.status("a") == "started"  # the agent answers all the while
     boot.signal()
     assert boot.process.wait(PATIENCE) == 143 and boot.left() == []
-
-
-def test_a_reader_that_takes_its_time_gets_everything(world: World) -> None:
-    boot = Boot(world, {"a": "seq 1 30000"}, "--stay")
-    world.client.ping(wait=PATIENCE)
-    until(lambda: world.status("a") == "completed")
-    assert boot.process.stdout
-    lines = [boot.process.stdout.readline() for _ in range(30000)]
-    assert lines[-1] == "a | 30000\n"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7545,7 +7024,7 @@ def test_a_reader_that_takes_its_time_gets_everything(world: World) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_becomes_the_command_in_the_same_process_without_an_agent_and_with_the_usual_signals(world: World) -> None:
+def test_it_becomes_the_command_as_if_there_had_been_no_boot(world: World) -> None:
     script = 'echo $$ "$@"; test -e $CODER_AGENT_SOCKET_PATH && echo agent; ls /proc/self/fd | xargs; '
     script += "grep -E 'SigBlk|SigIgn' /proc/self/status; exit 7"
     boot = Boot(world, {"a": "echo a"}, "-q", "--", "sh", "-c", script, "sh", "--x", "")
@@ -7569,70 +7048,53 @@ def test_a_signal_while_it_boots_keeps_it_from_becoming_the_command(world: World
         boot.ends(128 + number, "")
 
 
-LATE = """
-import os
-original = {name}
-def late(*args):
-    result = original(*args)
-    os.kill(os.getpid(), 15)
-    return result
-{name} = late
-"""  # TERM comes as a function returns
-
-
 @pytest.mark.parametrize("hosted", [True, False])
 def test_a_signal_is_not_lost_before_the_boot_or_the_command_has_begun(world: World, hosted: bool) -> None:
     if not hosted:
         world.serve()
-    moments = "in_background Boot.finish remove_directory boot_at timeline_as Front.background_ended"
-    for name in moments.split():
-        patch = LATE.format(name=f"coder_sync.{name}")
+    late = "import os\ndef late(*args, was=coder_sync.{0}):\n    return was(*args), os.kill(os.getpid(), 15)"
+    for name in (
+        "in_background",
+        "Boot.finish",
+        "remove_directory",
+        "boot_at",
+        "timeline_as",
+        "Front.background_ended",
+    ):
+        patch = f"{late.format(name)}\ncoder_sync.{name} = lambda *args: late(*args)[0]"
         Boot(world, {"a": ""}, "--timeline", "t.txt", "--", "echo", "hello", patch=patch).ends(143, "")
-
-
-@functools.lru_cache(maxsize=None)
-def has_namespaces() -> bool:
-    return bool(shutil.which("unshare")) and subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
-
-
-def as_process_one(world: World, files: Mapping[str, str], *words: str, patch: str = "") -> Boot:
-    if not has_namespaces():
-        pytest.skip("no process namespaces here")
-    return Boot(world, files, *words, patch=patch, under=UNSHARE)
 
 
 def test_a_failed_boot_becomes_the_command_only_if_always_and_says_so(world: World) -> None:
     told = "boot: echo is not run, since not all went well; --always would\n"
     Boot(world, {**STACK, "a": "@want web\nexit 3"}, "--", "echo", "ran").ends(1, "", told)
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+    assert ended(world) == ["web", "api", "db"]
     Boot(world, {"a": "exit 3"}, "--always", "--", "echo", "ran").ends(0, "ran\n")
     Boot(world, {"a": ""}, "--stay", "--", "echo", "ran").ends(2, "", "--stay and -- COMMAND exclude each other")
     Boot(world, {"a": ""}, "-q", "--", "nosuchcommand").ends(127, None, "cannot run nosuchcommand: ")
 
 
+@NAMESPACES
 def test_as_process_1_it_reaps_orphans_and_becomes_the_command(world: World) -> None:
     orphan = "(setsid sh -c 'echo $$ > orphan' &)\nwhile ! test -s orphan; do :; done\n"
     orphan += "while kill -0 $(cat orphan) 2>/dev/null; do sleep 0.01; done; echo gone"
-    boot = as_process_one(world, {"a": orphan}, "--", "sh", "-c", "echo $$; grep -l '^State:.Z' /proc/[0-9]*/status")
+    command = ["sh", "-c", "echo $$; grep -l '^State:.Z' /proc/[0-9]*/status"]
+    boot = Boot(world, {"a": orphan}, "--", *command, under=UNSHARE)
     assert finish(boot.process).stdout == "a | gone\n1\n"
 
 
+@NAMESPACES
 @pytest.mark.parametrize(
     "words", [[], ["--stay"], ["--", "sh", "-c", "trap 'exit 143' TERM; while :; do sleep 0.01; done"]]
 )
 def test_as_process_1_it_ends_services_in_order(world: World, words: list[str]) -> None:
-    outer = as_process_one(world, STACK, *words)
+    outer = Boot(world, STACK, *words, under=UNSHARE)
     until(lambda: len(read_lines(world.directory / "db.pid")) and world.status("web") == "completed")
     until(lambda: len(outer.left()) > 8 or "--" not in words)
     pid = outer.process.pid
     os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text()), signal.SIGTERM)
     outer.ends(143)
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
-
-
-def test_as_process_1_it_loses_no_signal_before_the_command(world: World) -> None:
-    late = LATE.format(name="coder_sync.boot_at")
-    as_process_one(world, {"a": ""}, "--", "echo", "hello", patch=late).ends(143, "")
+    assert ended(world) == ["web", "api", "db"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7655,24 +7117,28 @@ def pid_of(world: World, name: str) -> int:
     return int((world.directory / f"{name}.pid").read_text())
 
 
-def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(world: World, call: Call) -> None:
-    boot, master = boot_on_terminal(
-        world, {**STACK, "web": service("web", "api", more="while sleep 0.01; do echo x; done")}
-    )
+def ended(world: World) -> list[str]:
+    """The services that were told to end, and have, in order."""
+    return read_lines(world.directory / "ends")
+
+
+def test_services_outlive_the_terminal_of_their_boot_and_end_with_the_agent(world: World) -> None:
+    speaks = service("web", "api", more="while sleep 0.01; do echo x; done")
+    boot, master = boot_on_terminal(world, {**STACK, "web": speaks})
     assert boot.process.wait(PATIENCE) == 0
     os.close(master)
     time.sleep(0.1)  # for some lines that find no terminal
     lasting = [boot.background(), *(pid_of(world, name) for name in STACK)]
     assert {coder_sync.stat_of(pid)[4] for pid in lasting} == {"0"}, "none has a terminal"
-    assert "db  completed" in re.sub(" +", "  ", call.ok(world, "list"))
-    call.ok(world, "shutdown")
-    until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+    world.client.shutdown()
+    boot.gone()
+    assert ended(world) == ["web", "api", "db"]
 
 
-@needs_proc
-@pytest.mark.parametrize("how", ["terminal", "process"])
-def test_the_end_of_its_terminal_or_process_while_it_boots_ends_everything(world: World, gate: Gate, how: str) -> None:
+@pytest.mark.parametrize(("how", "code"), [("terminal", 129), ("process", -9)])
+def test_the_end_of_its_terminal_or_process_while_it_boots_ends_everything(
+    world: World, gate: Gate, how: str, code: int
+) -> None:
     boot, master = boot_on_terminal(world, {"db": service("db"), "a": "@want db\ncat gate; echo a > ran"})
     gate.reached()
     if how == "terminal":
@@ -7680,12 +7146,11 @@ def test_the_end_of_its_terminal_or_process_while_it_boots_ends_everything(world
     else:
         boot.process.kill()
         shown_on(master, b"stopped: the process of boot has ended")
-    assert boot.process.wait(PATIENCE) == (-9 if how == "process" else 129)
-    until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["db"] and not (world.directory / "ran").exists()
+    assert boot.process.wait(PATIENCE) == code
+    boot.gone()
+    assert ended(world) == ["db"] and not (world.directory / "ran").exists()
 
 
-@needs_proc
 @pytest.mark.parametrize("options", [[], ["--log-dir", "logs"]], ids=["plain", "with-logs"])
 def test_what_reads_the_output_of_a_boot_finds_its_end_when_it_returns(world: World, options: list[str]) -> None:
     more = "while ! test -e go; do sleep 0.01; done; seq 1 100000; : > said"
@@ -7695,59 +7160,49 @@ def test_what_reads_the_output_of_a_boot_finds_its_end_when_it_returns(world: Wo
     (world.directory / "go").touch()
     until((world.directory / "said").exists)
     assert not options or until(lambda: (world.directory / "logs" / "db.log").read_text().endswith("\n100000\n"))
-    world.client.shutdown()
-    until(lambda: boot.left() == [])
 
 
 def test_a_boot_that_has_returned_holds_nothing_of_its_caller(world: World) -> None:
     lock = os.open(world.directory / "lock", os.O_CREAT)
     os.set_inheritable(lock, True)
     boot = Boot(world, {"db": service("db")}, "-q", pass_fds=[lock], stdin=subprocess.PIPE)
-    boot.ends(0, "", leaves=True)
-    background = boot.background()
-    until(lambda: {os.readlink(f"/proc/{background}/fd/{fd}") for fd in range(3)} == {"/dev/null"})
-    assert os.readlink(f"/proc/{background}/cwd") == "/"
-    held = [os.readlink(file) for file in Path(f"/proc/{background}/fd").iterdir()]
-    assert str(world.directory / "lock") not in held
     os.close(lock)
-    os.kill(background, signal.SIGTERM)
-    until(lambda: boot.left() == [])
+    boot.ends(0, "", leaves=True)
+    held = Path(f"/proc/{boot.background()}")
+    until(lambda: {os.readlink(held / "fd" / fd) for fd in "012"} == {"/dev/null"})
+    assert os.readlink(held / "cwd") == "/"
+    assert str(world.directory / "lock") not in [os.readlink(file) for file in (held / "fd").iterdir()]
 
 
-@pytest.mark.parametrize("over", [False, True])
-def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World, gate: Gate, over: bool) -> None:
+def test_the_units_of_a_background_process_that_is_killed_are_lost(agent: World, gate: Gate) -> None:
     temporary = agent.env["TMPDIR"] = tempfile.mkdtemp(dir=agent.directory)
-    boot = Boot(agent, {"db": service("db"), **({} if over else {"a": "@want db\ncat gate", "b": "@want a"})}, "--stay")
-    boot.says("staying") if over else gate.reached()
-    until(lambda: over or "startup.d/a" in str(agent.client.status("a").owner))
+    boot = Boot(agent, {"db": service("db"), "a": "@want db\ncat gate", "b": "@want a"})
+    gate.reached()
+    until(lambda: "startup.d/a" in str(agent.client.status("a").owner))
     os.kill(boot.background(), signal.SIGKILL)
     boot.ends(137, None, "boot's background process was killed by signal 9; what it ran may run on", leaves=True)
     assert os.listdir(temporary) == []
     until(lambda: {unit.status for unit in agent.client.list()} == {"failed"})
     pid, reason = pid_of(agent, "db"), agent.client.status("db").reason
     assert re.match(rf"lost: the boot that ran .*\b{pid}\b.* may still run", reason)
-    assert over or agent.client.status("a").reason.startswith("lost: the boot that ran process ")
-    done = finish(agent.popen("stop"))
+    assert agent.client.status("a").reason.startswith("lost: the boot that ran process ")
+    done = agent.run("stop")
     assert done.returncode == 1
     assert f'unit "db" cannot be stopped: it is startup.d/db (pid {pid}), which has no supervisor' in done.stderr
 
 
-@pytest.mark.parametrize("hosted", [True, False])
-def test_term_to_the_background_process_stops_services_in_order_also_without_an_agent(
-    world: World, hosted: bool
-) -> None:
-    server = None if hosted else world.serve()
+def test_term_to_the_background_process_stops_services_also_without_an_agent(world: World) -> None:
+    server = world.serve()
     boot = Boot(world, STACK)
     boot.ends(0, leaves=True)
-    if server:
-        server.kill()
-        server.wait()
+    server.kill()
+    server.wait()
     os.kill(pid_of(world, "web"), signal.SIGKILL)
     until(lambda: not alive(pid_of(world, "web")))
     assert alive(pid_of(world, "db"))
     os.kill(boot.background(), signal.SIGTERM)
-    until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["api", "db"]
+    boot.gone()
+    assert ended(world) == ["api", "db"]
 
 
 @needs_proc
@@ -7761,15 +7216,14 @@ def test_a_service_that_dies_is_told_at_once_and_ends_others_with_fail_fast(worl
     else:
         boot.ends(leaves=True)
     os.kill(pid_of(world, "db"), signal.SIGKILL)
-    died = "warning: db: ended after its unit had completed (killed by signal 9)"
-    until(lambda: died in read_lines(told))
-    if options != ["--stay", "--fail-fast"]:
+    until(lambda: "warning: db: ended after its unit had completed (killed by signal 9)" in read_lines(told))
+    if "--fail-fast" not in options:
         until(lambda: world.status("db") == "failed")
         assert world.status("web") == "completed"
         world.client.shutdown()
-    until(lambda: boot.left() == [])
+    boot.gone()
     assert not options or boot.process.wait(PATIENCE) == (1 if "--fail-fast" in options else 143)
-    assert read_lines(world.directory / "ends") == ["web", "api"]
+    assert ended(world) == ["web", "api"]
 
 
 def test_output_that_nobody_takes_holds_up_no_service_and_is_no_others_business(world: World) -> None:
@@ -7786,17 +7240,16 @@ def test_output_that_nobody_takes_holds_up_no_service_and_is_no_others_business(
 
 
 def test_a_boot_is_refused_over_services_that_run_and_with_resume_runs_the_rest(world: World) -> None:
-    first = Boot(world, {**STACK, "job": "@want db\necho job >> ran", "bad": "exit 3"})
+    job = {**STACK, "job": "@want db\necho job >> ran"}
+    first = Boot(world, {**job, "bad": "exit 3"})
     first.ends(1, leaves=True)
-    again = Boot(world, {**STACK, "bad": "echo bad >> ran"})
     refused = f'unit "api" still runs (pid {pid_of(world, "api")}) from an earlier boot: stop it, or boot with --resume'
-    again.ends(1, "", refused, leaves=True)
-    more = {**STACK, "job": "@want db\necho job >> ran", "bad": "echo bad >> ran"}
-    resumed = Boot(world, more, "--resume")
+    Boot(world, STACK).ends(1, "", refused, leaves=True)
+    resumed = Boot(world, {**job, "bad": "echo bad >> ran"}, "--resume")
     assert "no agent" not in resumed.ends(0, None, "boot: 1 completed, 4 done before\n", leaves=True)
     assert read_lines(world.directory / "ran") == ["job", "bad"]
     world.client.shutdown()
-    until(lambda: first.left() == [])
+    first.gone()
     unknown = "boot: there was no agent, so nothing is known to have completed: all is run\n"
     Boot(world, {"a": "exit"}, "--resume").ends(0, "", unknown)
 
@@ -7811,39 +7264,37 @@ coder_sync.Connection.send = send
 """
     boot = Boot(world, STACK, patch=slow)
     boot.ends(leaves=True)
-    assert world.connect().call("stop")["result"]["stopped"] == ["web", "api", "db"]
-    until(lambda: boot.left() == [])
+    assert world.client.stop() == ["web", "api", "db"]
+    boot.gone()
 
 
 # -- COMMAND, while services run
 
 
 @needs_proc
-def test_a_command_beside_services_runs_as_if_there_were_no_boot_and_its_end_is_theirs(world: World) -> None:
-    script = "cat; ps -o pgid=,sid= -p $$; test -e ends || echo up; exit 7"
-    boot = Boot(world, STACK, "-q", "--", "sh", "-c", script, stdin=subprocess.PIPE)
-    out, _ = boot.process.communicate("input ", timeout=PATIENCE)
-    pid = str(boot.process.pid)
-    assert (boot.process.returncode, out.split()) == (7, ["input", pid, pid, "up"])
-    assert boot.left() == [] and read_lines(world.directory / "ends") == ["web", "api", "db"]
-
-
-@needs_proc
 @pytest.mark.parametrize(
-    ("script", "code"),
-    [("exit 3", 3), ("kill -9 $$", 137), ("no-such-command", 127), ("", 127), ("kill -9 $PPID", -9)],
-    ids=["fails", "is-killed", "is-not-found", "is-empty", "kills-boot"],
+    ("script", "code", "out"),
+    [
+        ("cat; ps -o pgid=,sid= -p $$; test -e ends || echo up; exit 7", 7, "input PID PID up"),
+        ("kill -9 $$", 137, ""),
+        ("", 127, ""),
+        ("kill -9 $PPID", -9, ""),
+    ],
+    ids=["ends", "is-killed", "is-not-found", "kills-boot"],
 )
-def test_services_end_however_the_command_does(world: World, script: str, code: int) -> None:
+def test_a_command_beside_services_runs_as_without_boot_and_its_end_is_theirs(
+    world: World, script: str, code: int, out: str
+) -> None:
     command = ["sh", "-c", script] if script else ["no-such-command"]
-    boot = Boot(world, STACK, "--", *command)
-    boot.ends(code, "", leaves=True)
-    until(lambda: boot.left() == [])
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+    boot = Boot(world, STACK, "-q", "--", *command, stdin=subprocess.PIPE)
+    said, _ = boot.process.communicate("input ", timeout=PATIENCE)
+    assert (boot.process.returncode, said.split()) == (code, out.replace("PID", str(boot.process.pid)).split())
+    boot.gone()
+    assert ended(world) == ["web", "api", "db"]
 
 
 @needs_proc
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT, signal.SIGWINCH])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGWINCH])
 def test_a_signal_is_passed_on_to_the_command(world: World, number: signal.Signals) -> None:
     trap = f"trap 'echo urgent' URG; trap 'test -e ends || echo told; exit 5' {number.name[3:]}"
     boot = Boot(world, STACK, "-q", "--", "bash", "-c", f"{trap}; echo on; while :; do sleep 0.01; done")
@@ -7851,7 +7302,7 @@ def test_a_signal_is_passed_on_to_the_command(world: World, number: signal.Signa
     boot.signal(signal.SIGURG)  # which is nobody's business
     boot.signal(number)
     boot.ends(5, "told\n")
-    assert read_lines(world.directory / "ends") == ["web", "api", "db"]
+    assert ended(world) == ["web", "api", "db"]
 
 
 @needs_proc
@@ -7887,7 +7338,7 @@ def test_with_fail_fast_a_service_that_dies_ends_the_command_first(world: World)
     boot.prints("on")
     os.kill(pid_of(world, "api"), signal.SIGKILL)
     boot.ends(5, "told\n", "warning: api: ended after its unit had completed (killed by signal 9)")
-    assert read_lines(world.directory / "ends") == ["web", "db"]
+    assert ended(world) == ["web", "db"]
 
 
 @pytest.mark.parametrize("files", [{"a": ""}, STACK], ids=["alone", "beside-services"])
@@ -7927,19 +7378,17 @@ def test_at_a_limit_on_processes_a_boot_works_or_says_so_and_leaves_nothing(worl
         shutil.copytree(startup(world, {**scripts, "e": "@want a\nexec sleep 0"}), f"{theirs}/startup.d")
         shutil.copy(FILE, theirs)
         os.chmod(theirs, 0o777)
-        began = Path(theirs, "began")
-        for most in range(1, 13):
-            words = f"ulimit -u {most}; exec {python} -IS coder_sync.py boot startup.d --socket-path sock"
+        for most in (1, 3, 5, 12):
+            words = f"rm -f began; ulimit -u {most}; exec {python} -IS coder_sync.py boot startup.d --socket-path sock"
             done = finish(world.spawn([*become, words], cwd=theirs))
             assert "internal error" not in done.stderr and "Traceback" not in done.stderr, done
-            assert not (began.exists() and "cannot go on" in done.stderr), done  # all threads are there before
-            began.unlink(missing_ok=True)
+            assert not (os.path.exists(f"{theirs}/began") and "cannot go on" in done.stderr), done  # threads come first
             ends.append(done.returncode)
             until(lambda: subprocess.run(["pgrep", "-u", "61000"], stdout=subprocess.DEVNULL).returncode)
     assert ends[0] != 0 and ends[-1] == 0, (ends, done)
 
 
-@pytest.mark.parametrize("most", range(6, 20))
+@pytest.mark.parametrize("most", [6, 8, 10, 12, 14, 16])
 def test_with_few_descriptors_a_boot_works_or_says_so_in_a_line(world: World, most: int) -> None:
     limit = ["sh", "-c", f'ulimit -n {most}; exec "$@"', "-"]
     boot = Boot(world, {"a": "exit"}, under=limit)
@@ -7950,8 +7399,8 @@ def test_with_few_descriptors_a_boot_works_or_says_so_in_a_line(world: World, mo
 
 def test_a_working_directory_that_is_gone_is_said_to_be(world: World) -> None:
     gone = ["sh", "-c", 'mkdir gone; cd gone; rmdir ../gone; exec "$@"', "-"]
-    for options in (["--socket-path", "s"], ["--log-dir", "logs"], ["--timeline", "t.svg"]):
-        boot = Boot(world, {"a": "exit"}, *options, under=gone)
+    for option in ("--socket-path", "--log-dir", "--timeline"):
+        boot = Boot(world, {"a": "exit"}, option, "t.svg", under=gone)
         boot.ends(125, "", "error: cannot go on: the working directory is gone\n")
     Boot(world, {"a": "cd /; echo a"}, under=gone).ends(0)
 
@@ -7972,7 +7421,7 @@ coder_sync.{where} = fails
     files = {"db": service("db"), "a": last, "b": stubborn}
     boot = Boot(world, files, "--grace", "300ms", patch=fails)
     boot.ends(125, None, "internal error in coder_sync")
-    assert read_lines(world.directory / "ends") == ["db"]
+    assert ended(world) == ["db"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7985,14 +7434,12 @@ def test_as_many_scripts_as_have_descriptors_run_at_once(
     world: World, gate: Gate, options: list[str], at_once: int
 ) -> None:
     limit = ["sh", "-c", 'ulimit -n 100; exec "$@"', "-"]
-    boot = Boot(world, {f"x{i}": f": < gate; echo {i}" for i in range(90)}, *options, under=limit)
+    boot = Boot(world, {f"x{i}": f": < gate; echo {i}" for i in range(60)}, *options, under=limit)
     until(lambda: len(boot.scripts()) == at_once, "that all stand at the gate")
-    assert sum(unit.status == "started" for unit in world.client.list()) == at_once
     gate.keep_open(lambda: boot.process.poll() is not None)
-    done = finish(boot.process)
-    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
-    assert sorted(int(line.split("| ")[1]) for line in done.stdout.splitlines()) == list(range(90))
-    assert not options or len(list((world.directory / "logs").iterdir())) == 90
+    assert "warning" not in boot.ends(0)
+    assert sorted(int(line.split("| ")[1]) for line in boot.out.splitlines()) == list(range(60))
+    assert not options or len(list((world.directory / "logs").iterdir())) == 60
 
 
 def test_services_leave_each_other_the_descriptors_that_probes_need(world: World, gate: Gate) -> None:
@@ -8021,32 +7468,19 @@ os.posix_spawnp = spawn
 
 
 def test_a_log_that_cannot_be_written_is_told_once_and_the_boot_goes_on(world: World) -> None:
+    for logs, whose in {"fifo": "a", "full": "a", "directory": "b"}.items():
+        (world.directory / logs).mkdir()
+        log = world.directory / logs / f"{whose}.log"
+        os.mkfifo(log) if logs == "fifo" else log.symlink_to("/dev/full") if logs == "full" else log.mkdir()
     (world.directory / "file").touch()
-    os.makedirs(world.directory / "b" / "a.log")
-    os.mkdir(world.directory / "a")
-    os.mkfifo(world.directory / "a" / "a.log")
-    whys = {"file": "File exists", "a": "No such device or address", "b": "Is a directory"}
-    for logs, why in whys.items():
+    whys = {"file": "File exists", "fifo": "No such device or address", "directory": "Is a directory"}
+    for logs, why in {**whys, **({"full": "No space left on device"} if os.path.exists("/dev/full") else {})}.items():
         boot = Boot(world, {"a": "echo a", "b": "@want a\necho b"}, "--log-dir", logs)
         told = boot.ends(0, "a | a\nb | b\n", f"warning: no more logs in {logs}: {why}\n")
         assert told.count("warning") == 1
 
 
-def test_a_full_disk_under_the_logs_is_told_once_and_the_boot_goes_on(world: World) -> None:
-    logs = world.directory / "logs"
-    logs.mkdir()
-    mount = f"mount -t tmpfs -o size=64k none {logs} && "
-    if subprocess.run(["unshare", "--mount", "sh", "-c", mount + "true"], capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    fill = "head -c 60000 /dev/zero; sleep 0.05; head -c 6000 /dev/zero"  # what is cut off is at the very end
-    under = ["unshare", "--mount", "sh", "-c", mount + f'"$@"; echo $?; wc -c < {logs}/a.log; ls {logs}', "-"]
-    boot = Boot(world, {"a": fill, "b": "@want a\nseq 1 30000"}, "--log-dir", str(logs), under=under)
-    done = finish(boot.process)
-    assert done.stdout.splitlines()[-4:] == ["b | 30000", "0", "65536", "a.log"]
-    assert done.stderr.count(f"warning: no more logs in {logs}: No space left on device") == 1
-
-
-def test_many_units_with_much_to_want_are_claimed_in_one_step_though_it_takes_several_lines(agent: World) -> None:
+def test_many_units_are_claimed_in_one_step_though_it_takes_several_lines(agent: World) -> None:
     names = [f"u{i:03}-" + "n" * 240 for i in range(35)]  # in all some 150 KB
     files = {name: f"@want {' '.join(names[:i])}" if i else "" for i, name in enumerate(names)}
     somebody = agent.connect()
@@ -8082,64 +7516,52 @@ def test_scripts_that_go_elsewhere_find_the_agent_of_a_relative_path(world: Worl
 
 
 class PlayedAgent:
-    """An agent that the test plays for a boot of one unit, `a`. Reports and pings, asked for now and then, may wait."""
+    """An agent that the test plays for a boot of one unit, `a`."""
 
-    def __init__(self, world: World, script: str, **options: Any) -> None:
+    def __init__(self, world: World, script: str) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(world.path)
             listener.listen()
-            self.boot = Boot(world, {"a": script}, **options)
+            self.boot = Boot(world, {"a": script})
             self.peer = listener.accept()[0]
         self.peer.settimeout(PATIENCE)
         self.file = self.peer.makefile("rb")
         self.answers(self.asked("boot"), result={"units": 1})
-        self.says(method="unit", params={"unit": "a", "status": "started"})
+        self.tells("started")
         self.answers(self.asked("owner"), result={})
 
     def says(self, **message: Any) -> None:
         self.peer.sendall(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
 
+    def tells(self, status: str) -> None:
+        """Say what has become of the unit."""
+        self.says(method="unit", params={"unit": "a", "status": status})
+
     def asked(self, method: str) -> Any:
         """The next request, which must be this one."""
         request = json.loads(self.file.readline())
-        while request["method"] in {"graph", "ping"} - {method}:
-            self.answers(request, result={"now": 0, "nodes": []})
-            request = json.loads(self.file.readline())
         assert request["method"] == method
         return request
 
     def answers(self, request: Any, **answer: Any) -> None:
         self.says(id=request["id"], **answer)
 
-    def refuses(self, request: Any) -> None:
-        self.answers(request, error={"code": 1, "message": "refused"})
-
-    def hangs_up(self) -> None:
-        self.file.close()
-        self.peer.close()
-
-    def reports(self, status: str = "", reason: str = "") -> None:
-        """Say what has become of the unit, if something has, and answer the next request for a report."""
-        if status:
-            self.says(method="unit", params={"unit": "a", "status": status, "reason": reason})
-        self.answers(self.asked("graph"), result={"now": 0, "nodes": []})
-
 
 @needs_proc
 @pytest.mark.parametrize("ready", [False, True])
 def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate, ready: bool) -> None:
     agent = PlayedAgent(world, "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3")
-    if ready:
-        request = agent.asked("complete")  # and not answered while it ends
+    request = agent.asked("complete" if ready else "fail")
+    if ready:  # it ends before this is answered
         gate.open()
     else:
-        request = agent.asked("fail")
-        agent.says(method="unit", params={"unit": "a", "status": "completed"})
-        agent.refuses(request)
+        agent.tells("completed")
+        agent.answers(request, error={"code": 1, "message": "refused"})
         request = agent.asked("running")
     agent.answers(agent.asked("exited"), result={})
     agent.answers(request, result={})
-    agent.reports("completed")
+    agent.tells("completed")
+    agent.answers(agent.asked("graph"), result={"now": 0, "nodes": []})
     agent.boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
 
 
@@ -8161,62 +7583,43 @@ def test_what_completes_and_is_refused_is_ended_and_has_failed_for_good(world: W
     agent = PlayedAgent(world, f"{ready}@retry 1 0\n: > up; cat gate")
     if not ready:
         gate.open()
-    agent.refuses(agent.asked("complete"))
+    agent.answers(agent.asked("complete"), error={"code": 1, "message": "refused"})
     failed = agent.asked("fail")
     assert failed["params"]["reason"] == "refused"
     agent.answers(failed, result={})
-    agent.reports("failed", "refused")
+    agent.tells("failed")
+    agent.answers(agent.asked("graph"), result={"now": 0, "nodes": []})
     agent.boot.ends(1, "", "failed: a (refused); ")
 
 
-def test_what_has_been_told_to_stop_is_not_to_be_tried_again(world: World) -> None:
-    agent = PlayedAgent(world, "@retry 1 10m\nexit 3", patch="coder_sync.REPORT_EVERY = 0.05")
-    until(lambda: (agent.reports(), "to try again" in agent.boot.says("boot: 0 of 1 ended"))[1])
-    agent.boot.signal()
-    agent.asked("fail")
-    agent.reports()
-    agent.reports("failed", "stopped")
-    told = agent.boot.ends(143, "", "boot: 0 of 1 ended", "failed: a (stopped); ")
-    assert "to try again" not in told
-
-
-def test_an_agent_that_answered_while_boot_was_held_up_itself_has_not_gone(world: World, gate: Gate) -> None:
-    held_up = """
-import os, time
-time.monotonic = lambda was=time.monotonic: was() + 1000 * os.path.exists("later")
-def read(*args, was=coder_sync.Stream.read, **options):
-    os.path.exists("later") or open("stuck").read()
-    was(*args, **options)
-coder_sync.Stream.read, coder_sync.PING_AFTER, coder_sync.REPORT_EVERY = read, 0.1, 1e9
-"""
-    stuck = Gate(world, "stuck")
-    agent = PlayedAgent(world, "cat gate; echo a", patch=held_up)
-    ping = agent.asked("ping")
-    gate.open()
-    stuck.reached()
-    agent.answers(ping, result={})
-    (world.directory / "later").touch()
-    stuck.open()
-    agent.answers(agent.asked("complete"), result={})
-    agent.reports("completed")
-    agent.boot.ends(0, "a | a\n")
+def test_an_agent_that_answered_while_boot_was_held_up_itself_is_not_lost() -> None:
+    ours, theirs = socket.socketpair()
+    lost: list[Any] = []
+    link = coder_sync.Link(coder_sync.Loop(), print, lost.append, lambda: 1.0)
+    link.open(coder_sync.Channel("", sock=ours))
+    link.request("ping")
+    theirs.sendall(b'{"jsonrpc": "2.0", "id": %d, "result": {}}\n' % json.loads(theirs.recv(1000))["id"])
+    link.keep_time(time.monotonic() + 1000)
+    assert not lost, "it is asked again"
+    link.keep_time(time.monotonic() + 2000)
+    assert len(lost) == 1
 
 
 @pytest.mark.parametrize(
     ("script", "report", "told"),
     [
-        ("exit", "complete", "1 completed\n"),
         ("exit 3", "fail", "1 failed\n"),
         ("@ready true\ncat gate", "complete", "1 completed\nstill running: a\n"),
     ],
-    ids=["completed", "failed", "service"],
+    ids=["failed", "service"],
 )
 def test_an_outcome_that_the_agent_did_not_answer_any_more_is_the_units(
     world: World, gate: Gate, script: str, report: str, told: str
 ) -> None:
     agent = PlayedAgent(world, script)
     agent.asked(report)
-    agent.hangs_up()
+    agent.file.close()
+    agent.peer.close()
     assert agent.boot.process.wait(PATIENCE) == 3
     if "gate" in script:
         gate.open()
@@ -8259,7 +7662,7 @@ def test_where_no_directory_can_be_written_it_is_said_that_there_are_no_variable
     boot.ends(1, "", told, "boot: 1 completed", "cannot be probed: no directory for its NOTIFY_SOCKET")
 
 
-def test_a_reader_that_takes_nothing_of_what_boot_says_does_not_keep_it_from_its_work(world: World, gate: Gate) -> None:
+def test_a_reader_that_takes_nothing_of_what_boot_says_holds_up_nothing(world: World, gate: Gate) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
