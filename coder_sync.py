@@ -3007,8 +3007,8 @@ class Units:
 #   other thread puts messages into the outbox of the connection and wakes its thread, both under the lock.
 # - A thread that waits polls its socket and its wake-up descriptor, until something is due for one of its claims. So
 #   the end of a client is noticed at once, and all its claims end in one step.
-# - A claim is answered once. The answer counts as delivered when it was sent; if the client has asked for `confirm`,
-#   when it says that it has the answer, and CONFIRM_TIMEOUT later all the same.
+# - A claim is answered once. The answer counts as delivered when it was sent; if the request has `confirm`, when the
+#   client confirms it, or CONFIRM_TIMEOUT after it was sent.
 # - A follower of events reads them from the history; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
 
@@ -3019,7 +3019,7 @@ MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log that are not written yet
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
 REPLACE_TIMEOUT = GRACE + 4.0  # seconds that an agent has to stop its services and end
-MANY_CLAIMS = 10_000  # of one connection
+MANY_CLAIMS = 10_000  # of one connection, which then forgets those that are over
 MAX_BOOT = 64 << 20  # bytes of all requests of a boot
 ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
 SEND_TIMEOUT = 10  # seconds for which a peer may read nothing that is sent to it
@@ -3031,7 +3031,7 @@ STACK = 256 * 1024  # bytes, of a thread
 ELSEWHERE = "elsewhere"  # `born` of a process in another process namespace, whose pid means nothing here
 NO_ENVIRONMENT: dict[str, str] = {}
 
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a parameter -> its name, its test
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation -> name, test of a value
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
@@ -3272,7 +3272,6 @@ class Agent:
         self.units = Units(time.monotonic, time.time, self._alive, self._event, self._answer)
         self.connections: set[Connection] = set()
         self.followers: set[Connection] = set()
-        self.began = time.monotonic()
         self.leaving = False  # the agent is about to end, and takes no more claims
         self.owners: dict[Claim, io.FileIO | None] = {}  # claim of a `start --pid` -> pidfd of the process, if any
         self._owners_wake = WakeUp()
@@ -3289,7 +3288,7 @@ class Agent:
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
-    def end(self, connection: Connection) -> None:
+    def disconnect(self, connection: Connection) -> None:
         """Close a connection and end its claims."""
         with self.lock:
             connection.gone = True
@@ -3485,7 +3484,7 @@ class Agent:
     # -- methods of the protocol, under the lock; each returns its result, or None if the answer comes later ------
 
     def do_ping(self, request: Request) -> Any:
-        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
+        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.units.began, 3)}
 
     def do_want(self, request: Request, unit: str, dependencies: Sequence[str] = (), requires: str = SUCCESS) -> Any:
         node = self.units.want(unit, dependencies, requires)
@@ -3513,7 +3512,7 @@ class Agent:
         """
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
-        owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
+        owner = self._owner(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
         by: dict[str, Any] = {"owner": owner, "held": held, "supervisor": supervisor}
         claim = self._expect(request, lambda: self.units.start(member, request, timeout, **by), progress)
@@ -3555,7 +3554,7 @@ class Agent:
             raise Unreachable("the agent is shutting down")
 
     def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
-        """Let claims end with a connection. Forget its old ones that are over, if there are many."""
+        """Let claims end with a connection."""
         connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MANY_CLAIMS:
             connection.claims = {c: None for c in connection.claims if not c.is_over()}
@@ -3683,7 +3682,7 @@ class Agent:
         peer = peer_credentials(connection.sock)[0]
         return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
 
-    def _process(self, connection: Connection, pid: int) -> Owner | None:
+    def _owner(self, connection: Connection, pid: int) -> Owner | None:
         """Return the process with a pid, as an owner. Raises Refused if there is none."""
         if not self._knows_pids_of(connection):
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
@@ -3807,7 +3806,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
         def shutdown_request(self, request: Any) -> None:
-            agent.end(request)
+            agent.disconnect(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             error: Any = sys.exc_info()[1]
@@ -5679,8 +5678,9 @@ class Run(Task):
 
     def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "its process", "exited": "its end"}
-        self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
+        others = {"owner": "what says that it is ready", "exited": "its end"}
+        if method != "owner" or self.limits.ready:
+            self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
 
 
 @Command(
@@ -5756,7 +5756,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
 HEADER_LINES = 50  # searched for headers, also below code; more if all of them are comments
 LAST_LINES = 10  # of a unit that has failed, shown in the summary
 LONGEST_LINE = 8192  # an incomplete line that is longer is printed at once
-FULL = 1 << 18  # bytes of pending output above which no script's output is read
+FULL = 1 << 18  # bytes of pending output
 MARKS = ("#", "//", "--", ";")
 # Endings of files that are not run: copies, scripts taken out of use, and what package managers leave.
 NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
@@ -6060,13 +6060,14 @@ class Output:
     """Standard output and error, written without blocking, so that a slow reader holds nothing up.
 
     Lines of scripts go to standard output, on a terminal with a status line below them; our own go to standard error.
+    While much output is pending, the streams of scripts are paused; when `may_drop`, lines are dropped instead.
     """
 
-    may_drop = False  # lines of scripts, while much output is pending
-    paused = False  # the output of scripts is not read, since much output is pending
+    may_drop = paused = False
 
     def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
         self.quiet, self.log_dir = quiet, log_dir  # empty: no logs are written, or no more
+        self.streams: list[Stream] = []
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(text_width, units), default=1))
@@ -6122,7 +6123,12 @@ class Output:
         self._fds[fd] = fd
 
     def turn(self, loop: Loop, due: float) -> list[int]:
-        """Take a turn of a loop, and write pending output in it."""
+        """Take a turn of a loop: write pending output, and read that of scripts unless they are paused."""
+        pause = self.is_full() and not self.may_drop
+        if pause != self.paused:
+            self.paused = pause
+            for stream in self.streams:
+                stream.watch()
         waiting = {self._fds[fd]: fd for fd, data in self.pending.items() if data}
         for own, fd in waiting.items():
             loop.watch(own, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
@@ -6192,6 +6198,7 @@ class Stream:
         self.decoder = getincrementaldecoder("utf-8")("backslashreplace")
         self.rest = ""  # an incomplete line
         self.last: list[str] = []  # lines, for the summary
+        out.streams.append(self)
 
     def open(self, more: bool) -> int:
         """Make a pipe for the output of a try and return its write end; with `more`, append to the log file."""
@@ -6208,7 +6215,7 @@ class Stream:
         return write
 
     def watch(self) -> None:
-        """Watch the pipe, unless reading is paused."""
+        """Watch the pipe, unless streams are paused."""
         if self.out.paused:
             self.loop.forget(self.fd)
         elif self.fd >= 0:
@@ -6340,7 +6347,7 @@ class Job(Task):
 
     def exited(self) -> None:
         super().exited()
-        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it ended well, or was stopped
             self.died = True
             self.warn(f"ended after its unit had completed ({self.why})")
             self.boot.after_failure("ended")
@@ -6368,20 +6375,20 @@ class Boot:
         self.signal = 0  # the signal that ends the boot
         self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
         self.started_up = False
-        self.front_may_end = False  # without that everything ends with it
+        self.front_may_end = False  # else everything ends with it
         self.host: Host | None = None  # of our own agent
-        self.retire_at = NEVER  # when to ask again whether another boot needs it
+        self.retire_at = NEVER  # when to ask again whether another boot uses that
         for job in self.jobs.values():
             job.use_directory(directory)
         if not directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
 
-    # -- from the claim to the last end -------------------------------------------------------------------
+    # -- life cycle ---------------------------------------------------------------------------------------
 
     def run(self, channel: Channel, host: Host | None = None) -> int:
         """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
 
-        Raises Refused, and Unreachable; if no agent has answered, it may be called again, for another one.
+        Raises Refused, Unreachable. Unless `answered`, it may be called again, for another agent.
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
@@ -6423,12 +6430,12 @@ class Boot:
         return 128 + self.signal if self.signal else code
 
     def runs(self) -> bool:
-        """Return whether a script runs or prints, or our own agent has still to answer, or another boot needs it."""
+        """Return whether a script runs or prints, or our own agent has still to answer, or another boot uses it."""
         if any(job.lives() for job in self.active.values()) or (self.printing() and not self.stopping):
             return True
-        needed = self.host and not self.stopping and not self.host.agent.retire()
-        self.retire_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.pending))
+        used = self.host and not self.stopping and not self.host.agent.retire()
+        self.retire_at = time.monotonic() + 0.2 if used else NEVER
+        return bool(used or (self.host and self.link.pending))
 
     def printing(self) -> list[str]:
         """Return the units whose output is still open."""
@@ -6462,16 +6469,8 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.draw_status(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.status_at)
-            self.pause(self.out.is_full() and not self.out.may_drop)
             for number in self.out.turn(self.loop, due):
                 self.stop_by_signal(number, f"boot got signal {number}")
-
-    def pause(self, paused: bool) -> None:
-        """Stop to read the output of scripts, or go on with it."""
-        if paused != self.out.paused:
-            self.out.paused = paused
-            for job in self.jobs.values():
-                job.stream.watch()
 
     def printed(self) -> bool:
         """Return whether no output is pending; after a signal nobody waits for a reader that has stopped."""
@@ -6584,7 +6583,7 @@ class Boot:
     def after_failure(self, what: str) -> None:
         """With --fail-fast, end everything after a unit has failed, or the command of a completed one has died."""
         if self.options.fail_fast and self.started_up and self.options.command:
-            self.tell_front(1)  # it ends COMMAND first
+            self.tell_front(1)  # the front ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
 
@@ -6704,16 +6703,18 @@ def graph_in(answer: Object) -> Graph:
 class Front:
     """The process that was called. It keeps its caller's terminal, session and descriptors; it becomes or runs COMMAND.
 
-    It passes signals on to the background process, which ends everything and then itself. If something runs on after
-    the startup, the background process sends an exit status of one byte: then the front returns it, waits (--stay), or
-    runs COMMAND if it is 0. A second status ends that. If nothing runs on, the background process ends with the status.
+    It passes signals on to the background process, which ends everything and then itself. When the startup is over,
+    the background process
+    - ends with the exit status if nothing runs on: 0 lets COMMAND take the front's place;
+    - else sends it as one byte: the front returns it, waits (--stay), or runs COMMAND if it is 0;
+    - sends a second one to end that wait, or COMMAND.
     """
 
     def __init__(self, loop: Loop, pid: int, link: int, directory: str, command: list[str], grace: float) -> None:
         self.loop, self.pid, self.link, self.directory = loop, pid, link, directory
         self.command, self.grace = command, grace
-        self.received = b""  # from the background process
-        self.ended: list[int] = []  # its exit status
+        self.received = b""  # exit statuses
+        self.ended: list[int] = []  # the exit status of the background process, once it has ended
         self.signal = 0
         loop.children[pid] = self.background_ended
         loop.watch(link, self.receive)
@@ -6745,7 +6746,7 @@ class Front:
                         signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
-        """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
+        """Wait until the background process has ended everything and itself, for as long as that may take."""
         self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
         if not self.ended:
             put("error: boot's background process has not ended; is it stopped?\n", 2)
