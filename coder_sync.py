@@ -707,7 +707,7 @@ class Channel:
         self._buffer = bytearray()  # the beginning of a line
         self._lines: list[bytearray] = []  # complete lines, not yet returned by `receive`
         self.sock: Any = sock or connected(path, connect_timeout)
-        self.pid, self.uid = who_is_at(self.sock)
+        self.pid, self.uid = peer_credentials(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
         self._warned = False  # by `as_answer`
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
@@ -856,10 +856,10 @@ def connected(path: str, connect_timeout: float) -> Any:
         pause = min(2 * pause, 0.05)
 
 
-def who_is_at(sock: Any) -> tuple[int, int]:
-    """Return pid and uid of the process at the other end of a connection, or 0 and -1 if the system does not tell.
+def peer_credentials(sock: Any) -> tuple[int, int]:
+    """Return pid and uid of the process at the other end of a connection, or 0 and -1 if they are unknown.
 
-    At the client's end these are of the process that called listen(2).
+    A client gets those of the process that called listen(2).
     """
     import _socket
 
@@ -873,7 +873,7 @@ def who_is_at(sock: Any) -> tuple[int, int]:
     return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
 
 
-def our_caller() -> dict[str, int]:
+def parent_param() -> dict[str, int]:
     """Return the parameter for the pid of our parent, which an agent needs where there is no /proc."""
     return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
@@ -897,9 +897,7 @@ def unwrap(message: dict[str, Any]) -> Any:
 
 def records(kind: type[R], rows: Any) -> list[R]:
     """Return a list of records from JSON. Raises Unreachable."""
-    if not isinstance(rows, list):
-        raise Unreachable(f"the answer has no list of {kind.__name__}; are agent and client of one version?")
-    return [record(kind, row) for row in rows]
+    return [record(kind, row) for row in (rows if isinstance(rows, list) else [rows])]
 
 
 def agent_path(given: str) -> str:
@@ -995,13 +993,13 @@ class BaseClient:
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call("fail", unit=unit, exit_code=exit_code, **our_caller())
+            self._call("fail", unit=unit, exit_code=exit_code, **parent_param())
         else:
-            self._call("complete", unit=unit, **our_caller())
+            self._call("complete", unit=unit, **parent_param())
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call("fail", unit=unit, reason=one_line(reason), **our_caller())
+        self._call("fail", unit=unit, reason=one_line(reason), **parent_param())
 
 
 class Start:
@@ -1012,7 +1010,7 @@ class Start:
     ) -> None:
         """Wait until the agent has started the unit. `params` are further parameters of its method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
-        params.update(unit=check_name(unit), hold=hold, confirm=not hold, **our_caller())
+        params.update(unit=check_name(unit), hold=hold, confirm=not hold, **parent_param())
         began = time.monotonic()
         self.channel = client._channel("start")
         try:
@@ -1118,7 +1116,7 @@ class Argument:
         self.takes_value = self.is_repeated or "action" not in words
         self.default = words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
-    def read(self, text: str) -> Any:
+    def convert(self, text: str) -> Any:
         """Convert a text to a value of the argument. Raises UsageError."""
         choices = self.words.get("choices", [text])
         try:
@@ -1159,12 +1157,12 @@ class Command:
         """The options, by each of their names."""
         return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
-    def take(self, args: Args, names: Sequence[str]) -> None:
+    def set_positionals(self, args: Args, names: Sequence[str]) -> None:
         """Set the positionals in `args` to `names`. Raises UsageError."""
         for argument in self.positionals:
             if not names and argument.words.get("nargs") != "*":
                 raise UsageError(f"the following arguments are required: {argument.words['metavar']}")
-            setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
+            setattr(args, argument.dest, names if argument.is_repeated else argument.convert(names[0]))
             names = [] if argument.is_repeated else names[1:]
         if names:
             hint = "; did you forget -- before the command?" if self.tail and not args.command else ""
@@ -1300,7 +1298,7 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
         words, values["command"] = split_tail(command, words)
         for argument in command.arguments:
             default = argument.default
-            values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+            values[argument.dest] = argument.convert(default) if default and isinstance(default, str) else default
         while words:
             word = words.pop(0)
             if word[:1] != "-":
@@ -1309,9 +1307,9 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
             option = options[word]
             if option.takes_value and words[0][:1] == "-":
                 return None
-            value = option.read(words.pop(0)) if option.takes_value else True
+            value = option.convert(words.pop(0)) if option.takes_value else True
             values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-        command.take(args, names)
+        command.set_positionals(args, names)
     except (UsageError, LookupError, ValueError):
         return None
     return None if args.help or args.command is None else (command, args)
@@ -1594,7 +1592,7 @@ class Block:
                     raise
 
 
-def let_go(unit: str, owner: Owner | None) -> str:
+def gone_hint(unit: str, owner: Owner | None) -> str:
     """Return the end of a message about a unit: what to do if its owner has gone."""
     gone = owner is not None and owner.alive is False
     return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
@@ -1604,7 +1602,7 @@ def still_running(answer: Answer) -> str:
     """Return the message about commands that `stop` has not ended."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
     for row in answer.cannot:
-        way = let_go(row.unit, row.owner) or ", which has no supervisor: end that process"
+        way = gone_hint(row.unit, row.owner) or ", which has no supervisor: end that process"
         texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
 
@@ -1627,7 +1625,7 @@ def resembling(name: str, names: Iterable[str]) -> str:
     return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
 
 
-def meant(guess: str, otherwise: str = "") -> str:
+def did_you_mean(guess: str, otherwise: str = "") -> str:
     """Return the end of a message about an unknown name: the name that it resembles, or `otherwise`."""
     return f'; did you mean "{guess}"?' if guess else otherwise
 
@@ -1838,9 +1836,7 @@ class Family:
             return self.first_alive or self.has_group()
         except OSError:  # no file descriptor is left, or processes begin too fast
             return True
-        self.leads = self.leads and (
-            self.first_alive or self.pid not in alive.births
-        )  # else it is another process's pid
+        self.leads = self.leads and (self.first_alive or self.pid not in alive.births)  # else the pid is reused
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
         todo += [self.pid] * (self.first_alive or self.leads)
         todo += alive.related.get(self.mark, ()) if self.mark else ()
@@ -2167,7 +2163,7 @@ class Unit:
         self.facts = object.__new__(UnitStatus)  # attributes that are not set have their defaults and take no memory
         self.root = ""  # the first failure that caused the unit to be skipped
         self.last: Claim | None = None  # the held claim that was granted last
-        self.lost = False  # that claim ended before the command did, as far as is known
+        self.lost = False  # that claim has ended, and perhaps not the command
         self.owner_is_command = False  # the owner in `facts` is the command itself, as its supervisor has said
 
     def first(self) -> Claim | None:
@@ -2365,7 +2361,7 @@ class Units:
             claim.delivered = True
             self._answer_line(unit, self._already_started(unit, *(other.owner for other in unit.line)))
             if not claim.held:
-                self._end_holder(unit)
+                self._end_claim(claim)
 
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
         """End claims before their time, all in one step; there is no other way in which they end so.
@@ -2419,7 +2415,7 @@ class Units:
         elif holder and not stopping:
             self.run_on(holder)
         elif other and not other.supervisor:
-            self._end_holder(unit)
+            self._end_claim(other)
         self._settle_all()
         if before in ENDED and unit.status == before != status and not (holder and stopping):
             why = f" ({reason})" if reason else ""
@@ -2443,7 +2439,7 @@ class Units:
             self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
         elif ran_on:
             self._record(unit, "exited", reason)
-        self._end_holder(unit, STOPPED if stopped else reason)
+        self._end_claim(claim, STOPPED if stopped else reason)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
@@ -2509,7 +2505,7 @@ class Units:
             if unit.status == STARTED:
                 owner = self._owner(unit)
                 by = owner_text(owner, " by ", ", which is no longer running,")
-                hint = let_go(unit.name, owner) or "; end it first"
+                hint = gone_hint(unit.name, owner) or "; end it first"
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
                 raise Refused(f"{unit.still_runs()} and cannot be reset; stop it first")
@@ -2696,7 +2692,7 @@ class Units:
         if claim and claim.boot and status != PENDING:
             env = self.environment(unit.name) if status == STARTED else {}
             self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
-        if not unit.name and status != PENDING:  # a wait is over: forget the names that nothing else has mentioned
+        if not unit.name and status != PENDING:  # a wait is over: forget the names that only it has mentioned
             waited_for = unit.wants
             self._link(unit, {})
             self._forget(waited_for)
@@ -2707,12 +2703,13 @@ class Units:
             self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
         self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
 
-    def _end_holder(self, unit: Unit, how: str = "") -> None:
-        """End the claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
-        claim, unit.holder, unit.lost = unit.holder, None, how == LOST
+    def _end_claim(self, claim: Claim, how: str = "") -> None:
+        """End a claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
+        unit = claim.unit
+        unit.holder, unit.lost = None, how == LOST
         if unit.facts.running_on:
             unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), how
-        if unit.status != STARTED or (claim and claim.held):
+        if unit.status != STARTED or claim.held:  # a unit that was started by a plain claim keeps its locks
             self._free(unit)
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
@@ -2747,7 +2744,7 @@ class Units:
         command = "that process" if unit.owner_is_command else "its command"
         end = f"ended; {command} may still run" if ran_on else "ended without completing"
         reason = one_line(f"lost: {by}{self._process_text(claim.owner) or 'the process that held it'} {end}")
-        self._end_holder(unit, LOST)
+        self._end_claim(claim, LOST)
         if ran_on:
             self._set(unit, Outcome(FAILED, reason))
         return reason
@@ -2762,7 +2759,7 @@ class Units:
                 self.locks.pop(lock.name, None)
         unit.locks = ()
 
-    # -- small parts --------------------------------------------------------------------------------------
+    # -- declarations, and lines --------------------------------------------------------------------------
 
     def _declare(self, members: Sequence[Member], replace: bool = False) -> list[Unit]:
         """Register units and add their dependencies, all or none; `replace` drops the dependencies that they had.
@@ -2938,7 +2935,7 @@ class Units:
             return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
         if unit.status in ENDED:
             return AlreadyStarted(f"{unit.still_runs()}: stop it first")
-        whose = owner_text(owner, " by ") + let_go(unit.name, owner)
+        whose = owner_text(owner, " by ") + gone_hint(unit.name, owner)
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
     def _check_report(self, unit: Unit, status: str, by: Owner | None) -> None:
@@ -3010,8 +3007,8 @@ class Units:
 #   other thread puts messages into the outbox of the connection and wakes its thread, both under the lock.
 # - A thread that waits polls its socket and its wake-up descriptor, until something is due for one of its claims. So
 #   the end of a client is noticed at once, and all its claims end in one step.
-# - A claim is answered once. The answer counts as delivered when it was sent; if the client has asked for `confirm`,
-#   when it says that it has the answer, and CONFIRM_TIMEOUT later all the same.
+# - A claim is answered once. The answer counts as delivered when it was sent; if the request has `confirm`, when the
+#   client confirms it, or CONFIRM_TIMEOUT after it was sent.
 # - A follower of events reads them from the history; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
 
@@ -3022,7 +3019,7 @@ MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log that are not written yet
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
 REPLACE_TIMEOUT = GRACE + 4.0  # seconds that an agent has to stop its services and end
-MANY_CLAIMS = 10_000  # of one connection
+MANY_CLAIMS = 10_000  # of one connection, which then forgets those that are over
 MAX_BOOT = 64 << 20  # bytes of all requests of a boot
 ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
 SEND_TIMEOUT = 10  # seconds for which a peer may read nothing that is sent to it
@@ -3034,7 +3031,7 @@ STACK = 256 * 1024  # bytes, of a thread
 ELSEWHERE = "elsewhere"  # `born` of a process in another process namespace, whose pid means nothing here
 NO_ENVIRONMENT: dict[str, str] = {}
 
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a parameter -> its name, its test
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation -> name, test of a value
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
@@ -3247,7 +3244,7 @@ class Connection:
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
         """Return the peer, if it is to hold a unit, else the script that called it; without /proc that is `parent`."""
-        pid = who_is_at(self.sock)[0]
+        pid = peer_credentials(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
         return process(pid)
@@ -3275,7 +3272,6 @@ class Agent:
         self.units = Units(time.monotonic, time.time, self._alive, self._event, self._answer)
         self.connections: set[Connection] = set()
         self.followers: set[Connection] = set()
-        self.began = time.monotonic()
         self.leaving = False  # the agent is about to end, and takes no more claims
         self.owners: dict[Claim, io.FileIO | None] = {}  # claim of a `start --pid` -> pidfd of the process, if any
         self._owners_wake = WakeUp()
@@ -3292,7 +3288,7 @@ class Agent:
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
-    def end(self, connection: Connection) -> None:
+    def disconnect(self, connection: Connection) -> None:
         """Close a connection and end its claims."""
         with self.lock:
             connection.gone = True
@@ -3362,7 +3358,7 @@ class Agent:
         except SyncError as problem:
             error = problem
             if isinstance(error, NotRegistered):
-                error = NotRegistered(f"{error}{meant(self._resembling(error.unit))}")
+                error = NotRegistered(f"{error}{did_you_mean(self._resembling(error.unit))}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3488,7 +3484,7 @@ class Agent:
     # -- methods of the protocol, under the lock; each returns its result, or None if the answer comes later ------
 
     def do_ping(self, request: Request) -> Any:
-        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
+        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.units.began, 3)}
 
     def do_want(self, request: Request, unit: str, dependencies: Sequence[str] = (), requires: str = SUCCESS) -> Any:
         node = self.units.want(unit, dependencies, requires)
@@ -3516,7 +3512,7 @@ class Agent:
         """
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
-        owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
+        owner = self._owner(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
         by: dict[str, Any] = {"owner": owner, "held": held, "supervisor": supervisor}
         claim = self._expect(request, lambda: self.units.start(member, request, timeout, **by), progress)
@@ -3558,7 +3554,7 @@ class Agent:
             raise Unreachable("the agent is shutting down")
 
     def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
-        """Let claims end with a connection. Forget its old ones that are over, if there are many."""
+        """Let claims end with a connection."""
         connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MANY_CLAIMS:
             connection.claims = {c: None for c in connection.claims if not c.is_over()}
@@ -3683,10 +3679,10 @@ class Agent:
     @staticmethod
     def _knows_pids_of(connection: Connection) -> bool:
         """Return whether a peer is in our process namespace, so that a pid means the same process to both."""
-        peer = who_is_at(connection.sock)[0]
+        peer = peer_credentials(connection.sock)[0]
         return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
 
-    def _process(self, connection: Connection, pid: int) -> Owner | None:
+    def _owner(self, connection: Connection, pid: int) -> Owner | None:
         """Return the process with a pid, as an owner. Raises Refused if there is none."""
         if not self._knows_pids_of(connection):
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
@@ -3810,7 +3806,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
         def shutdown_request(self, request: Any) -> None:
-            agent.end(request)
+            agent.disconnect(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             error: Any = sys.exc_info()[1]
@@ -4588,7 +4584,7 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     wants = {u.unit_name: u.wants for u in graph.nodes}
     for name in names:
         if name not in wants:
-            hint = meant(resembling(name, wants), f"; see `{PROGRAM} list --all`")
+            hint = did_you_mean(resembling(name, wants), f"; see `{PROGRAM} list --all`")
             raise NotRegistered(f'no unit "{name}"{hint}')
     keep = reached(names, wants.get)
     return Graph(graph.now, [u for u in graph.nodes if u.unit_name in keep])
@@ -4746,7 +4742,7 @@ def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[
         why += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
         known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
         guess = resembling(u.unit_name, known.difference(wanted_by))  # its name may be misspelt
-        lines.append(f'"{u.unit_name}" is not registered: {why}{meant(guess, ".")}')
+        lines.append(f'"{u.unit_name}" is not registered: {why}{did_you_mean(guess, ".")}')
     return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
 
 
@@ -4991,7 +4987,7 @@ class Prober:
                 return "" if found else "no such file"
             with connect(probe) as sock:
                 if probe.kind == "unix":
-                    self._peer = who_is_at(sock)[0]
+                    self._peer = peer_credentials(sock)[0]
                 status = http_status(sock, probe) if probe.kind == "http" else 0
             return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
@@ -5282,9 +5278,8 @@ class Task:
         """Print a warning."""
         put(f"warning: {self.unit}: {text}\n", 2)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        """Handle the answer to a report."""
-        raise NotImplementedError
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        """Handle an error as the answer to a report."""
 
     # -- life cycle
 
@@ -5561,6 +5556,17 @@ class Task:
         """Send a report to the agent."""
         self.link.request(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
 
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        """Handle the answer to a report. If the unit may not complete, end the command, and report a failure."""
+        try:
+            unwrap(message)
+        except SyncError as error:
+            if method == "complete" and not isinstance(error, Unreachable):
+                self.reported = ""
+                self.stop(str(error))
+            else:
+                self.not_reported(method, params, error)
+
 
 # -- the commands -------------------------------------------------------------------------------------------
 @Command(
@@ -5679,14 +5685,11 @@ class Run(Task):
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "its process", "exited": "its end"}
-        what = params.get("detail") or others.get(method, outcome)
-        try:
-            unwrap(message)
-        except SyncError as error:
-            self.warn(f"{what} may not have been reported: {error}")
+        others = {"owner": "what says that it is ready", "exited": "its end"}
+        if method != "owner" or self.limits.ready:
+            self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
 
 
 @Command(
@@ -5762,7 +5765,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
 HEADER_LINES = 50  # searched for headers, also below code; more if all of them are comments
 LAST_LINES = 10  # of a unit that has failed, shown in the summary
 LONGEST_LINE = 8192  # an incomplete line that is longer is printed at once
-FULL = 1 << 18  # bytes of pending output above which no script's output is read
+FULL = 1 << 18  # bytes of pending output
 MARKS = ("#", "//", "--", ";")
 # Endings of files that are not run: copies, scripts taken out of use, and what package managers leave.
 NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
@@ -5956,14 +5959,14 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
             outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
             guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
-            hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
+            hint = f"; {left_out[name]}" if name in left_out else did_you_mean(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
         missing = next((name for name in (unit, edge.dependency) if name not in by_name), "")
         if missing:
-            hint = meant(resembling(missing, list(by_name)))
+            hint = did_you_mean(resembling(missing, list(by_name)))
             if hint:
                 warn(f'{edge.place}: no file provides "{missing}"{hint}')
         elif edge.dependency not in [own.dependency for own in by_name[unit].want]:
@@ -6066,13 +6069,14 @@ class Output:
     """Standard output and error, written without blocking, so that a slow reader holds nothing up.
 
     Lines of scripts go to standard output, on a terminal with a status line below them; our own go to standard error.
+    While much output is pending, the streams of scripts are paused; when `may_drop`, lines are dropped instead.
     """
 
-    may_drop = False  # lines of scripts, while much output is pending
-    paused = False  # the output of scripts is not read, since much output is pending
+    may_drop = paused = False
 
     def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
         self.quiet, self.log_dir = quiet, log_dir  # empty: no logs are written, or no more
+        self.streams: list[Stream] = []
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(text_width, units), default=1))
@@ -6128,7 +6132,12 @@ class Output:
         self._fds[fd] = fd
 
     def turn(self, loop: Loop, due: float) -> list[int]:
-        """Take a turn of a loop, and write pending output in it."""
+        """Take a turn of a loop: write pending output, and read that of scripts unless they are paused."""
+        pause = self.is_full() and not self.may_drop
+        if pause != self.paused:
+            self.paused = pause
+            for stream in self.streams:
+                stream.watch()
         waiting = {self._fds[fd]: fd for fd, data in self.pending.items() if data}
         for own, fd in waiting.items():
             loop.watch(own, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
@@ -6198,6 +6207,7 @@ class Stream:
         self.decoder = getincrementaldecoder("utf-8")("backslashreplace")
         self.rest = ""  # an incomplete line
         self.last: list[str] = []  # lines, for the summary
+        out.streams.append(self)
 
     def open(self, more: bool) -> int:
         """Make a pipe for the output of a try and return its write end; with `more`, append to the log file."""
@@ -6214,7 +6224,7 @@ class Stream:
         return write
 
     def watch(self) -> None:
-        """Watch the pipe, unless reading is paused."""
+        """Watch the pipe, unless streams are paused."""
         if self.out.paused:
             self.loop.forget(self.fd)
         elif self.fd >= 0:
@@ -6325,15 +6335,9 @@ class Job(Task):
         self.reason = reason
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        try:
-            unwrap(message)
-        except SyncError as error:
-            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.reported = ""
-                self.stop(str(error))
-            elif method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
-                self.set_outcome(self.reported, self.reason)
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        if method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
+            self.set_outcome(self.reported, self.reason)
 
     def set_outcome(self, status: str, reason: str) -> None:
         """Set the outcome of the unit, unless it has one."""
@@ -6352,7 +6356,7 @@ class Job(Task):
 
     def exited(self) -> None:
         super().exited()
-        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it ended well, or was stopped
             self.died = True
             self.warn(f"ended after its unit had completed ({self.why})")
             self.boot.after_failure("ended")
@@ -6380,20 +6384,20 @@ class Boot:
         self.signal = 0  # the signal that ends the boot
         self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
         self.started_up = False
-        self.front_may_end = False  # without that everything ends with it
+        self.front_may_end = False  # else everything ends with it
         self.host: Host | None = None  # of our own agent
-        self.retire_at = NEVER  # when to ask again whether another boot needs it
+        self.retire_at = NEVER  # when to ask again whether another boot uses that
         for job in self.jobs.values():
             job.use_directory(directory)
         if not directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
 
-    # -- from the claim to the last end -------------------------------------------------------------------
+    # -- life cycle ---------------------------------------------------------------------------------------
 
     def run(self, channel: Channel, host: Host | None = None) -> int:
         """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
 
-        Raises Refused, and Unreachable; if no agent has answered, it may be called again, for another one.
+        Raises Refused, Unreachable. Unless `answered`, it may be called again, for another agent.
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
@@ -6435,12 +6439,12 @@ class Boot:
         return 128 + self.signal if self.signal else code
 
     def runs(self) -> bool:
-        """Return whether a script runs or prints, or our own agent has still to answer, or another boot needs it."""
+        """Return whether a script runs or prints, or our own agent has still to answer, or another boot uses it."""
         if any(job.lives() for job in self.active.values()) or (self.printing() and not self.stopping):
             return True
-        needed = self.host and not self.stopping and not self.host.agent.retire()
-        self.retire_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.pending))
+        used = self.host and not self.stopping and not self.host.agent.retire()
+        self.retire_at = time.monotonic() + 0.2 if used else NEVER
+        return bool(used or (self.host and self.link.pending))
 
     def printing(self) -> list[str]:
         """Return the units whose output is still open."""
@@ -6474,16 +6478,8 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.draw_status(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.status_at)
-            self.pause(self.out.is_full() and not self.out.may_drop)
             for number in self.out.turn(self.loop, due):
                 self.stop_by_signal(number, f"boot got signal {number}")
-
-    def pause(self, paused: bool) -> None:
-        """Stop to read the output of scripts, or go on with it."""
-        if paused != self.out.paused:
-            self.out.paused = paused
-            for job in self.jobs.values():
-                job.stream.watch()
 
     def printed(self) -> bool:
         """Return whether no output is pending; after a signal nobody waits for a reader that has stopped."""
@@ -6596,7 +6592,7 @@ class Boot:
     def after_failure(self, what: str) -> None:
         """With --fail-fast, end everything after a unit has failed, or the command of a completed one has died."""
         if self.options.fail_fast and self.started_up and self.options.command:
-            self.tell_front(1)  # it ends COMMAND first
+            self.tell_front(1)  # the front ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
 
@@ -6716,16 +6712,18 @@ def graph_in(answer: Object) -> Graph:
 class Front:
     """The process that was called. It keeps its caller's terminal, session and descriptors; it becomes or runs COMMAND.
 
-    It passes signals on to the background process, which ends everything and then itself. If something runs on after
-    the startup, the background process sends an exit status of one byte: then the front returns it, waits (--stay), or
-    runs COMMAND if it is 0. A second status ends that. If nothing runs on, the background process ends with the status.
+    It passes signals on to the background process, which ends everything and then itself. When the startup is over,
+    the background process
+    - ends with the exit status if nothing runs on: 0 lets COMMAND take the front's place;
+    - else sends it as one byte: the front returns it, waits (--stay), or runs COMMAND if it is 0;
+    - sends a second one to end that wait, or COMMAND.
     """
 
     def __init__(self, loop: Loop, pid: int, link: int, directory: str, command: list[str], grace: float) -> None:
         self.loop, self.pid, self.link, self.directory = loop, pid, link, directory
         self.command, self.grace = command, grace
-        self.received = b""  # from the background process
-        self.ended: list[int] = []  # its exit status
+        self.received = b""  # exit statuses
+        self.ended: list[int] = []  # the exit status of the background process, once it has ended
         self.signal = 0
         loop.children[pid] = self.background_ended
         loop.watch(link, self.receive)
@@ -6757,7 +6755,7 @@ class Front:
                         signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
-        """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
+        """Wait until the background process has ended everything and itself, for as long as that may take."""
         self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
         if not self.ended:
             put("error: boot's background process has not ended; is it stopped?\n", 2)
@@ -6973,7 +6971,7 @@ def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.Argum
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
     parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
-        more: dict[str, Any] = {"default": argument.default, "type": argument.read} if argument.takes_value else {}
+        more: dict[str, Any] = {"default": argument.default, "type": argument.convert} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
         parser.add_argument(*argument.names, **{**argument.words, **more})
     return parser
@@ -7013,8 +7011,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
             raise SystemExit(0)
         unknown = next((name.partition("=")[0] for name in names if name[:1] == "-"), "")
         if unknown:
-            raise UsageError(f"no such option: {ascii(unknown)[:40]}{meant(resembling(unknown, command.options))}")
-        command.take(args, [*names, *words[end + 1 :]])
+            hint = did_you_mean(resembling(unknown, command.options))
+            raise UsageError(f"no such option: {ascii(unknown)[:40]}{hint}")
+        command.set_positionals(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
     except UsageError as error:
@@ -7035,7 +7034,7 @@ def command_named(name: str) -> Command:
     if name == "exp":
         raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
     if name not in COMMANDS:
-        hint = meant(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
+        hint = did_you_mean(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
         raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
     return COMMANDS[name]
 

@@ -2430,6 +2430,14 @@ def test_a_start_that_is_to_be_confirmed_is_granted_only_then(shared: World) -> 
     assert "result" in other.read()
 
 
+def test_an_answer_that_is_never_confirmed_counts_as_delivered_after_a_time(world: World) -> None:
+    answering(world, altered("coder_sync.CONFIRM_TIMEOUT = 0.1", "serve", "-q"))
+    peer, other = world.connect(), world.connect()
+    assert "result" in peer.call("start", unit="a", confirm=True)
+    other.request("start", unit="a")
+    assert other.read()["error"]["message"].startswith('unit "a" is already started')
+
+
 # -- limits ------------------------------------------------------------------------------------------------
 
 
@@ -3130,7 +3138,7 @@ def test_serve_command_gives_it_an_agent_of_its_own_and_leaves_nothing_behind(wo
 def test_serve_says_that_there_is_no_directory_for_a_private_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coder_sync, "private_directory", lambda: "")
     command, args = coder_sync.parse(["serve", "--", "true"])
-    with pytest.raises(SyncError, match="^cannot make a private socket: .*; name a --socket-path$") as caught:
+    with pytest.raises(coder_sync.SyncError, match="^cannot make a private socket: ") as caught:
         command.run(args)
     assert caught.value.exit_code == 125
 
@@ -3962,6 +3970,21 @@ def killed(process: subprocess.Popen[str]) -> None:
     process.wait(PATIENCE)
 
 
+def test_a_start_that_is_killed_before_it_has_said_so_is_undone(agent: World) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(write, bytes(4096)):
+            pass
+    os.set_blocking(write, True)
+    process = agent.popen("start", "a", stdout=write)
+    happened(agent, "a", "started")
+    process.kill()
+    until(lambda: agent.status("a") == "pending")
+    os.close(read)
+    os.close(write)
+
+
 def test_run_declares_waits_starts_runs_and_completes(agent: World) -> None:
     process = agent.popen("run", "a", "--want", "b", "--want", "c", "--", "sh", "-c", "yes ran | head -n 1")
     assert line_of(process.stderr) == "a: waiting for b not registered; c not registered\n"
@@ -4011,9 +4034,20 @@ def test_a_run_whose_unit_others_complete_looks_after_a_service(agent: World) ->
     assert failed.status == "failed" and re.fullmatch("died .* after it was ready: killed by signal 9", failed.reason)
 
 
+def test_a_run_that_may_not_complete_its_unit_ends_its_command(agent: World) -> None:
+    process, _ = held(agent, "a", "--ready", f"file:{agent.directory}/up")
+    agent.ok("fail", "a", "--reason", "no")
+    (agent.directory / "up").touch()
+    done = finish(process)
+    assert done.returncode == 143
+    assert done.stderr.startswith('error: a: unit "a" is failed (no) and cannot become completed: ')
+    assert agent.client.status("a").reason == "no"
+
+
 def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
     run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
     assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
+    until(lambda: agent.client.status("a").owner.alive is None)  # not False: it is to be tried again
     done, reason = stopped(run), "stopped between two tries; exit code 1"
     assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
 
@@ -4067,6 +4101,7 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
         agent.waiting("a")
     else:
         process, pid = held(agent, "a")
+        until(lambda: agent.client.status("a").owner.pid == pid)
     waiting = agent.popen("start", "b", "--want", "a")
     agent.waiting("b")
     if dies == "both":
@@ -4082,7 +4117,9 @@ def test_whoever_is_killed_the_unit_fails_and_who_waits_is_told(agent: World, di
     else:
         assert re.fullmatch(lost(process), failed.reason)
     if dies == "run":
-        assert alive(pid)  # and does not hold the unit
+        assert alive(pid) and f"the run that ran process {pid} " in failed.reason
+        refused = agent.connect().call("boot", units=[{"unit": "a"}])["error"]["message"]
+        assert refused == f'unit "a" still runs (pid {pid}), and its supervisor is gone: end that process first'
         os.kill(pid, signal.SIGKILL)
 
 
@@ -6735,7 +6772,7 @@ STUBBORN = "trap '' TERM INT; echo on; cat gate; while :; do sleep 60; done"
 @needs_proc
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_everything_and_nothing_is_left(world: World, gate: Gate, number: int, code: int) -> None:
-    text = "trap 'echo told; exit 1' INT TERM HUP; sleep 60 & cat gate; (sleep 60 & sleep 60); wait"
+    text = "@retry 1 10m\ntrap 'echo told; exit 1' INT TERM HUP; sleep 60 & cat gate; (sleep 60 & sleep 60); wait"
     files = {"a": text, "b": "@want a", "daemon": "sleep 60 &", "c": "@want daemon\ncat c", "r": "@retry 5 10m\nexit 1"}
     after = Gate(world, "c")
     boot = Boot(world, files, "--grace", "300ms", patch="coder_sync.REPORT_EVERY = 0.2")  # for those that ignore INT
