@@ -141,8 +141,8 @@ def launch():  # type: () -> None
     del sys.argv[: sys.argv[0] == "-c"]
     globals()["__file__"] = sys.argv[0]
     try:
-        for code in code_in(SELF, False):  # the file that the first lines have opened
-            exec(code, globals())
+        for part in code_in(SELF, False):  # the file that the first lines have opened
+            exec(part, globals())
     except KeyboardInterrupt:
         posix._exit(130)
 
@@ -944,8 +944,8 @@ class BaseClient:
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Each call opens a connection, and tries to for `connect_timeout` seconds. The default is
-        $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for calls that coordinate, and one try for questions.
+        Each call tries to connect for `connect_timeout` seconds. The default is $CODER_SYNC_CONNECT_TIMEOUT, else 3
+        seconds for calls that coordinate, and one try for questions.
         """
         self.socket_path = agent_path(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
@@ -1200,15 +1200,15 @@ COMMANDS: dict[str, Command] = {}
 class Reporter:
     """Prints the missing dependencies during a wait; `waited` is whether there has been one."""
 
-    def __init__(self, args: Args, prefix: str, fd: int = 1) -> None:
-        self.args, self.prefix, self.fd, self.waited = args, prefix, fd, False
+    def __init__(self, prefix: str, quiet: bool, fd: int = 1) -> None:
+        self.prefix, self.quiet, self.fd, self.waited = prefix, quiet, fd, False
 
     def __call__(self, missing: list[Dependency], waited: float) -> None:
         how = f"still waiting after {span(waited)}" if self.waited else "waiting"
         self.waited = True
         more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
         text = f"{self.prefix}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
-        say(text, self.fd, self.args.quiet)
+        say(text, self.fd, self.quiet)
 
     def started(self, started: Started) -> str:
         """Return the line about a start."""
@@ -1249,7 +1249,7 @@ def cmd_want(args: Args) -> None:
 )
 def cmd_start(args: Args) -> None:
     """Wait until UNIT may run, and mark it started."""
-    report = Reporter(args, f"{args.unit}: ")
+    report = Reporter(f"{args.unit}: ", args.quiet)
     start = start_unit(args, report, pid=args.pid)
     say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
     start.confirm()  # last: if this process is killed before, the next claim on the unit is granted
@@ -1372,19 +1372,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if __name__ == "__main__" and quick(sys.argv[1:]):
+if __name__ == "__main__" and quick(sys.argv[1:]):  # a plain call needs nothing from below
     main()
 if SELF:  # by `launch`
     rest, SELF = code_in(SELF, True), None
-    for code in rest:
-        exec(code, globals())
+    for part in rest:
+        exec(part, globals())
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Client. The rest of the Python API, on which the command line is built; the records that it returns; suggestions for
-# names.
+# Client. The rest of the Python API, on which the command line is built; the records that it returns; did you mean?
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1480,7 +1479,7 @@ class Client(BaseClient):
         return time.monotonic() - began
 
     def reset(self, *units: str) -> list[str]:
-        """Make units that have ended pending again, and those skipped because of them; all if none is named.
+        """Make ended units pending again, and units that they caused to be skipped; all units if none is named.
 
         Return their names. Raises NotRegistered, or Refused while one of them is started.
         """
@@ -1492,7 +1491,7 @@ class Client(BaseClient):
             return channel.as_answer(channel.call("env", unit=unit)).env
 
     def stop(self, *units: str, grace: float = GRACE) -> list[str]:
-        """End the commands of units and of their dependents, these first; of all units if none is named.
+        """End the commands of units and of their dependents, dependents first; of all units if none is named.
 
         Return the names of the units when their commands have ended; those that ignore TERM are killed after `grace`
         seconds. Raises NotRegistered, or Refused if a command still runs.
@@ -1503,7 +1502,7 @@ class Client(BaseClient):
         return answer.stopped
 
     def halt(self, *units: str, grace: float = GRACE) -> Answer:
-        """Do the same as `stop`, but return units that were `stopped`, are `left`, and `cannot` be stopped."""
+        """Do the same as `stop`, but return the units that are `stopped`, are `left`, or `cannot` be stopped."""
         with self._channel("stop") as channel:
             request = channel.request("stop", units=list(units), grace=grace)
             return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
@@ -1562,7 +1561,7 @@ class Client(BaseClient):
         """Return a context manager that starts `unit`, and completes it at the end of the block.
 
         If the block raises, the unit fails, with the exception as the reason; also if the process ends. sys.exit() and
-        sys.exit(0) complete it. To enter the block raises the same exceptions as `start`.
+        sys.exit(0) complete it. Entering the block raises the same exceptions as `start`.
         """
         return Block(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
@@ -5582,7 +5581,7 @@ class Task:
 )
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
-    report = Reporter(args, f"{args.unit}: ", 2)
+    report = Reporter(f"{args.unit}: ", args.quiet, 2)
     if args.ready is not None:
         Probe(args.ready)
     if args.ready_timeout is not None and args.ready is None:
@@ -5708,7 +5707,7 @@ def cmd_wait(args: Args) -> int:
         Probe(probe)
         if probe == "notify":
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
-    began, report = time.monotonic(), Reporter(args, "")
+    began, report = time.monotonic(), Reporter("", args.quiet)
     if args.units:
         make_client(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
     code = probe_all(args.ready, began, began + (args.timeout or NEVER), args.quiet) if args.ready else 0
