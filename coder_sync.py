@@ -5680,8 +5680,9 @@ class Run(Task):
 
     def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "its process", "exited": "its end"}
-        self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
+        others = {"owner": "what says that it is ready", "exited": "its end"}
+        if method != "owner" or self.limits.ready:
+            self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
 
 
 @Command(
@@ -5757,7 +5758,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
 HEADER_LINES = 50  # searched for headers, also below code; more if all of them are comments
 LAST_LINES = 10  # of a unit that has failed, shown in the summary
 LONGEST_LINE = 8192  # an incomplete line that is longer is printed at once
-FULL = 1 << 18  # bytes of pending output above which no script's output is read
+FULL = 1 << 18  # bytes of pending output
 MARKS = ("#", "//", "--", ";")
 # Endings of files that are not run: copies, scripts taken out of use, and what package managers leave.
 NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
@@ -6061,13 +6062,14 @@ class Output:
     """Standard output and error, written without blocking, so that a slow reader holds nothing up.
 
     Lines of scripts go to standard output, on a terminal with a status line below them; our own go to standard error.
+    While much output is pending, the streams of scripts are paused; when `may_drop`, lines are dropped instead.
     """
 
-    may_drop = False  # lines of scripts, while much output is pending
-    paused = False  # the output of scripts is not read, since much output is pending
+    may_drop = paused = False
 
     def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
         self.quiet, self.log_dir = quiet, log_dir  # empty: no logs are written, or no more
+        self.streams: list[Stream] = []
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(text_width, units), default=1))
@@ -6123,7 +6125,12 @@ class Output:
         self._fds[fd] = fd
 
     def turn(self, loop: Loop, due: float) -> list[int]:
-        """Take a turn of a loop, and write pending output in it."""
+        """Take a turn of a loop: write pending output, and read that of scripts unless they are paused."""
+        pause = self.is_full() and not self.may_drop
+        if pause != self.paused:
+            self.paused = pause
+            for stream in self.streams:
+                stream.watch()
         waiting = {self._fds[fd]: fd for fd, data in self.pending.items() if data}
         for own, fd in waiting.items():
             loop.watch(own, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
@@ -6193,6 +6200,7 @@ class Stream:
         self.decoder = getincrementaldecoder("utf-8")("backslashreplace")
         self.rest = ""  # an incomplete line
         self.last: list[str] = []  # lines, for the summary
+        out.streams.append(self)
 
     def open(self, more: bool) -> int:
         """Make a pipe for the output of a try and return its write end; with `more`, append to the log file."""
@@ -6209,7 +6217,7 @@ class Stream:
         return write
 
     def watch(self) -> None:
-        """Watch the pipe, unless reading is paused."""
+        """Watch the pipe, unless streams are paused."""
         if self.out.paused:
             self.loop.forget(self.fd)
         elif self.fd >= 0:
@@ -6341,7 +6349,7 @@ class Job(Task):
 
     def exited(self) -> None:
         super().exited()
-        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it ended well, or was stopped
             self.died = True
             self.warn(f"ended after its unit had completed ({self.why})")
             self.boot.after_failure("ended")
@@ -6369,20 +6377,20 @@ class Boot:
         self.signal = 0  # the signal that ends the boot
         self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
         self.started_up = False
-        self.front_may_end = False  # without that everything ends with it
+        self.front_may_end = False  # else everything ends with it
         self.host: Host | None = None  # of our own agent
-        self.retire_at = NEVER  # when to ask again whether another boot needs it
+        self.retire_at = NEVER  # when to ask again whether another boot uses that
         for job in self.jobs.values():
             job.use_directory(directory)
         if not directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
 
-    # -- from the claim to the last end -------------------------------------------------------------------
+    # -- life cycle ---------------------------------------------------------------------------------------
 
     def run(self, channel: Channel, host: Host | None = None) -> int:
         """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
 
-        Raises Refused, and Unreachable; if no agent has answered, it may be called again, for another one.
+        Raises Refused, Unreachable. Unless `answered`, it may be called again, for another agent.
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
@@ -6424,12 +6432,12 @@ class Boot:
         return 128 + self.signal if self.signal else code
 
     def runs(self) -> bool:
-        """Return whether a script runs or prints, or our own agent has still to answer, or another boot needs it."""
+        """Return whether a script runs or prints, or our own agent has still to answer, or another boot uses it."""
         if any(job.lives() for job in self.active.values()) or (self.printing() and not self.stopping):
             return True
-        needed = self.host and not self.stopping and not self.host.agent.retire()
-        self.retire_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.pending))
+        used = self.host and not self.stopping and not self.host.agent.retire()
+        self.retire_at = time.monotonic() + 0.2 if used else NEVER
+        return bool(used or (self.host and self.link.pending))
 
     def printing(self) -> list[str]:
         """Return the units whose output is still open."""
@@ -6463,16 +6471,8 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.draw_status(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.status_at)
-            self.pause(self.out.is_full() and not self.out.may_drop)
             for number in self.out.turn(self.loop, due):
                 self.stop_by_signal(number, f"boot got signal {number}")
-
-    def pause(self, paused: bool) -> None:
-        """Stop to read the output of scripts, or go on with it."""
-        if paused != self.out.paused:
-            self.out.paused = paused
-            for job in self.jobs.values():
-                job.stream.watch()
 
     def printed(self) -> bool:
         """Return whether no output is pending; after a signal nobody waits for a reader that has stopped."""
@@ -6585,7 +6585,7 @@ class Boot:
     def after_failure(self, what: str) -> None:
         """With --fail-fast, end everything after a unit has failed, or the command of a completed one has died."""
         if self.options.fail_fast and self.started_up and self.options.command:
-            self.tell_front(1)  # it ends COMMAND first
+            self.tell_front(1)  # the front ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
 
@@ -6705,16 +6705,18 @@ def graph_in(answer: Object) -> Graph:
 class Front:
     """The process that was called. It keeps its caller's terminal, session and descriptors; it becomes or runs COMMAND.
 
-    It passes signals on to the background process, which ends everything and then itself. If something runs on after
-    the startup, the background process sends an exit status of one byte: then the front returns it, waits (--stay), or
-    runs COMMAND if it is 0. A second status ends that. If nothing runs on, the background process ends with the status.
+    It passes signals on to the background process, which ends everything and then itself. When the startup is over,
+    the background process
+    - ends with the exit status if nothing runs on: 0 lets COMMAND take the front's place;
+    - else sends it as one byte: the front returns it, waits (--stay), or runs COMMAND if it is 0;
+    - sends a second one to end that wait, or COMMAND.
     """
 
     def __init__(self, loop: Loop, pid: int, link: int, directory: str, command: list[str], grace: float) -> None:
         self.loop, self.pid, self.link, self.directory = loop, pid, link, directory
         self.command, self.grace = command, grace
-        self.received = b""  # from the background process
-        self.ended: list[int] = []  # its exit status
+        self.received = b""  # exit statuses
+        self.ended: list[int] = []  # the exit status of the background process, once it has ended
         self.signal = 0
         loop.children[pid] = self.background_ended
         loop.watch(link, self.receive)
@@ -6746,7 +6748,7 @@ class Front:
                         signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
-        """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
+        """Wait until the background process has ended everything and itself, for as long as that may take."""
         self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
         if not self.ended:
             put("error: boot's background process has not ended; is it stopped?\n", 2)

@@ -5447,14 +5447,11 @@ def test_the_axis_has_round_times() -> None:
 
 # -- what is true of any startup ----------------------------------------------------------------------------
 LONG_NAMES = [*(f"{i:02}-" + "script-" * 8 + "x" for i in range(3)), "环境准备-" * 10, "a" * 127 + "b" * 128, HOSTILE]
-ODD = startup_of(
-    300.002,
-    *(
-        unit(name, 0, i * 60, i * 60 + 0.001, LONG_NAMES[:i], tries=[i * 60], running_on=i > 3)
-        for i, name in enumerate(LONG_NAMES)
-    ),
-)
-ANY = [*STARTUPS.values(), ODD]
+ODD = [
+    unit(name, 0, i * 60, i * 60 + 0.001, LONG_NAMES[:i], tries=[i * 60], running_on=i > 3)
+    for i, name in enumerate(LONG_NAMES)
+]
+ANY = [*STARTUPS.values(), startup_of(300.002, *ODD)]
 
 
 def test_a_timeline_fits_its_width_and_has_all_units_in_the_order_they_started() -> None:
@@ -5969,7 +5966,7 @@ def test_a_unit_is_named_after_its_file_or_a_header_names_it(world: World) -> No
         assert mistakes(startup(world, {file: "@unit x"})) == []
 
 
-def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end_and_quotes(world: World) -> None:
+def test_a_header_stands_in_the_scripts_own_comment_syntax_with_any_line_end(world: World) -> None:
     words = ['unit "-it\'s mine,"', "want --requires=start 'a b' c\\ d", "timeout 1m30s", "extern 'a b' 'c d'"]
     words += ["lock l m", "retry 1000 500ms", "ready-timeout 2", "ready echo 'it''s  up\\"]
     for mark, end in itertools.product(("#", "//", "--", ";", "  #", "#  "), ("\n", "\r\n")):
@@ -6011,73 +6008,51 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     assert mistakes("") == ["'': cannot be read: No such file or directory"]
 
 
-USE = (
-    "is not a header; use unit NAME, want NAME... [--requires REQUIREMENT], after NAME..., before NAME..., "
-    "extern NAME..., lock NAME..., timeout DURATION, ready PROBE, ready-timeout DURATION, retry N [DELAY]"
-)
-ODD = "not understood; a header is written `# coder-sync: WORD ...`"
-REQUIREMENTS = "use one of success, completion, start"
-ADDRESS = "is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH"
-DURATION = "write 30 or 30s, 10m, 1h30m, 500ms, 1.5h; 0 for no limit"
-TWICE = 'unit "x" wants "clone" with requirement start already, not success'
-NEITHER = "is neither an option (only want has one, --requires) nor a name; blanks separate names"
-AS_WRITTEN = ": nothing is expanded in it; write it out, or write a command"
-NO_PROBE = "is no probe; use tcp:, unix:, http://, file:, notify or a command"
-
-
-MISTAKES_IN_HEADERS = [
-    ("# coder-sync want a", ODD),
-    ("# coder_sync: want a", ODD),
-    ("#Coder-Sync: want a", ODD),
-    ("// coder-syn: unit b", ODD),
-    ("@wants a", f'"wants a" {USE}'),
-    ("@", f'"" {USE}'),
-    ("@unit a b", 'unit: too many words; write unit NAME; a name with a blank needs quotes: unit "a b"'),
-    ("@timeout", "timeout: its value is missing"),
-    ("@timeout 10 minutes", "timeout: too many words; write timeout DURATION"),
-    ("@retry 1 2 3", "retry: too many words; write retry N [DELAY]"),
-    ("@retry 1\n@retry 1", "retry: line 3 says so already"),
-    ("@ready true\n@ready-timeout 1\n@ready true", "ready: line 3 says so already"),
-    ("@unit a\n@unit 'b c'", "unit: line 3 says so already"),
-    ("@ready-timeout 1m", "ready-timeout without ready"),
-    ("@want", "want: a name is missing"),
-    ("@want --requires completion", "want: a name is missing"),
-    ("@want a --requires", f"no such requirement: ; {REQUIREMENTS}"),
-    ("@want a --requires done", f"no such requirement: done; {REQUIREMENTS}"),
-    ("@want clone --require start", f'"--require" {NEITHER}'),
-    ("@want clone, x", f'"clone," {NEITHER}'),
-    ("@after clone --requires start", f'"--requires" {NEITHER}'),
-    ("@timeout soon", "invalid duration 'soon': " + DURATION),
-    ("@retry often", "retry: invalid number of retries: 'often'; write 3, or 3 10s"),
-    ("@retry -1 1s", "retry: invalid number of retries: '-1'; write 3, or 3 10s"),
-    ("@want 'a", "want: No closing quotation"),
-    ("@want ''", "a unit name must not be empty; was a variable unset?"),
-    ("@unit a\u200bb", "unit name 'a\\u200bb' has a character that cannot be printed"),
-    ("@want clon", 'no file provides "clon"; did you mean "clone"?'),
-    ("@want 10-clone.sh", 'no file provides "10-clone.sh"; did you mean "clone"?'),
-    ("@want mars", 'no file provides "mars"; if it comes from outside, add: extern mars'),
-    ("@want 'the moon'", "no file provides \"the moon\"; if it comes from outside, add: extern 'the moon'"),
-    ("@want x", "cycle detected: x -> x; a unit cannot depend on itself (x:3)"),
-    ("@want clone --requires start\n@want clone", TWICE),
-    ("@unit clone", 'unit "clone" is clone:1 already'),
-    ("@ready", "ready: what is to be probed is missing"),
-    ("@ready file:", "file:: what is to be probed is missing"),
-    ("@ready tcp:http", f"'http' {ADDRESS}"),
-    ("@ready http://:80/", f"':80' {ADDRESS}"),
-    ("@ready tcp:$PORT", f"'tcp:$PORT'{AS_WRITTEN}"),
-    ("@ready file:~/up", f"'file:~/up'{AS_WRITTEN}"),
-    ("@ready unix:/run/*.sock", f"'unix:/run/*.sock'{AS_WRITTEN}"),
-    ("@ready https://db/", "'https://db/' is no probe; write a command: curl -fs https://db/"),
-    ("@ready a\0b", "'a b' has a NUL character"),
-    ("@ready udp:53", f"'udp:53' {NO_PROBE}"),
-    ("@ready 5432", f"'5432' {NO_PROBE}"),
-]
+# HEADERS => the mistake in the last of them; `...` is any text.
+MISTAKES_IN_HEADERS = r"""
+# coder-sync want a => not understood; a header is written `# coder-sync: WORD ...`
+#Coder-Sync: want a => not understood; ...
+// coder-syn: unit b => not understood; ...
+@wants a => "wants a" is not a header; use unit NAME, want NAME... [--requires REQUIREMENT], ..., retry N [DELAY]
+@ => "" is not a header; ...
+@unit a b => unit: too many words; write unit NAME; a name with a blank needs quotes: unit "a b"
+@retry 1 2 3 => retry: too many words; write retry N [DELAY]
+@timeout => timeout: its value is missing
+@ready true\n@ready-timeout 1\n@ready true => ready: line 3 says so already
+@ready-timeout 1m => ready-timeout without ready
+@want => want: a name is missing
+@want --requires completion => want: a name is missing
+@want a --requires => no such requirement: ; use one of success, completion, start
+@want clone --require start => "--require" is neither an option (only want has one, --requires) nor a name; ...
+@want clone, x => "clone," is neither ...
+@after clone --requires start => "--requires" is neither ...
+@timeout soon => invalid duration 'soon': ...
+@retry -1 1s => retry: invalid number of retries: '-1'; write 3, or 3 10s
+@want 'a => want: No closing quotation
+@unit 'a	b' => unit name 'a\tb' has a character that cannot be printed
+@want clon => no file provides "clon"; did you mean "clone"?
+@want 10-clone.sh => no file provides "10-clone.sh"; did you mean "clone"?
+@want 'the moon' => no file provides "the moon"; if it comes from outside, add: extern 'the moon'
+@want clone --requires start\n@want clone => unit "x" wants "clone" with requirement start already, not success
+@unit clone => unit "clone" is clone:1 already
+@ready => ready: what is to be probed is missing
+@ready file: => file:: what is to be probed is missing
+@ready http://:80/ => ':80' is no address; write tcp:5432, tcp:HOST:5432 or http://HOST:PORT/PATH
+@ready tcp:$PORT => 'tcp:$PORT': nothing is expanded in it; write it out, or write a command
+@ready file:~/up => 'file:~/up': nothing is expanded in it; ...
+@ready https://db/ => 'https://db/' is no probe; write a command: curl -fs https://db/
+@ready a^@b => 'a b' has a NUL character
+@ready udp:53 => 'udp:53' is no probe; use tcp:, unix:, http://, file:, notify or a command
+@ready 5432 => '5432' is no probe; ...
+"""
 
 
 def test_a_mistake_in_a_header_is_told_with_file_and_line(world: World) -> None:
-    for line, mistake in MISTAKES_IN_HEADERS:
-        place = f"x:{3 + line.count(chr(10))}"
-        assert mistakes(startup(world, {"clone": "", "x": f":\n{line}\n:"})) == [f"{place}: {mistake}"], line
+    for row in MISTAKES_IN_HEADERS.strip().split("\n"):
+        line, _, mistake = row.replace("^@", "\0").replace(r"\n", "\n").partition(" => ")
+        (told,) = mistakes(startup(world, {"clone": "", "x": f":\n{line}\n:"}))
+        expected = f"x:{3 + line.count(chr(10))}: {mistake}"
+        assert re.fullmatch(re.escape(expected).replace(r"\.\.\.", ".*"), told), (line, told)
 
 
 def test_a_cycle_is_told_with_the_file_and_line_of_each_edge(world: World) -> None:
@@ -6087,7 +6062,7 @@ def test_a_cycle_is_told_with_the_file_and_line_of_each_edge(world: World) -> No
     assert set(mistake.split("(")[1][:-1].split(", ")) == {"10-a.sh:3", "20-b.sh:2", "40-d.sh:4", "40-d.sh:5"}
 
 
-def test_a_file_that_is_no_script_is_a_mistake_if_it_is_wanted_or_has_a_header_and_else_a_warning(
+def test_a_file_that_is_no_script_is_a_mistake_if_it_is_wanted_or_has_a_header(
     world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = startup(world, {"a": "", "b": "@want a\n@want e", "c d": "@unit d", "5-e.sh.off": "", "README": ""})
@@ -6100,16 +6075,14 @@ def test_a_file_that_is_no_script_is_a_mistake_if_it_is_wanted_or_has_a_header_a
     assert capfd.readouterr().err == f"warning: {path}/a: not run: not executable; chmod +x {path}/a\n"
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare")
-def test_on_a_file_system_that_is_mounted_noexec_no_mode_is_advised(world: World) -> None:
-    mounts = "mount -t tmpfs -o noexec x startup.d && printf '#!/bin/sh' > startup.d/a && chmod +x startup.d/a"
-    startup(world, {})
-    check = [*program(), "boot", "startup.d", "--check"]
-    done = finish(world.spawn(["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "-", *check]))
-    if done.returncode == 1:
-        pytest.skip("nothing may be mounted here")
-    why = "not executable: its file system is mounted noexec"
-    assert done.stderr.startswith(f"warning: startup.d/a: not run: {why}\n") and "chmod" not in done.stderr, done
+@LINUX
+def test_on_a_file_system_that_is_mounted_noexec_no_mode_is_advised(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = startup(world, {"a": "@unit b"})
+    os.chmod(f"{path}/a", 0o644)
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(f_flag=os.ST_NOEXEC))
+    assert mistakes(path) == ["a:1: not executable: its file system is mounted noexec"]
 
 
 def test_an_empty_directory_is_no_mistake_with_a_command(world: World, call: Call) -> None:
@@ -6119,22 +6092,17 @@ def test_an_empty_directory_is_no_mistake_with_a_command(world: World, call: Cal
     wrong = [[path], [path + "x", "--", "true"], [path, "--check"], [], [path, "--jobs", "many"], [path, "--"]]
     for words in [*wrong, [path, "--timeline", "t.doc"]]:
         assert call(world, "boot", *words).returncode == 2, words
-    assert call.ok(world, "boot", startup(world, {"a": ""}), "--check") == "UNIT\na\n1 script, no mistakes\n"
 
 
 def test_what_cannot_be_printed_in_a_name_is_shown_as_an_escape(world: World, call: Call) -> None:
-    names = ["a\x1b[31m\n", "b\x1b", "c\x1b.off", "d\x1b"]
-    files = {names[0]: "@unit a\n@wants\n@want b\x1b\n@timeout \x1b", names[1]: "#!/no/\x1b", names[3]: ""}
-    path = startup(
-        world,
-        {**files, names[2]: "", "e": "@before d1\n@after a2\n@want c\n@lock a\x1bb -\x1b\n@want e --requires \x1b"},
-        "\x1b.d",
-    )
-    os.chmod(f"{path}/{names[3]}", 0o644)
+    name = "a\x1b[31m\n"
+    headers = "@unit a\n@wants\n@want b\x1b\n@timeout \x1b\n@before d1\n@lock a\x1bb -\x1b\n@want e --requires \x1b"
+    path = startup(world, {name: headers, "b\x1b": "#!/no/\x1b", "c\x1b.off": "", "d\x1b": "@want c"}, "\x1b.d")
+    os.chmod(f"{path}/d\x1b", 0o644)
     said = call(world, "boot", path, path + "\n", "--check").stderr
     assert said.count("\n") > 7 and all(line.isprintable() for line in said.splitlines()), said
     assert f"{world.directory}/\\x1b.d/a\\x1b[31m\\n:3: " in said
-    startup(world, {names[0]: "@unit a\nexit 3"}, "\x1b.d")
+    startup(world, {name: "@unit a\nexit 3"}, "\x1b.d")
     done = world.run("boot", path, "--log-dir", "/proc/\x1b", "--timeline", f"{path}/\x1b/x.svg")
     assert done.returncode == 1 and done.stderr.count("\n") == 5, done
     assert all(line.isprintable() for line in done.stderr.splitlines()), done
@@ -6142,18 +6110,14 @@ def test_what_cannot_be_printed_in_a_name_is_shown_as_an_escape(world: World, ca
 
 INTERPRETERS = [
     ("echo hello", "no interpreter: the first line must be #! and a program, as in #!/bin/sh"),
-    ("", "no interpreter: the first line must be #! and a program, as in #!/bin/sh"),
     ("#!/no/such/sh\n", "its interpreter /no/such/sh does not exist or cannot be run"),
     ("#!/etc/passwd\n", "its interpreter /etc/passwd does not exist or cannot be run"),
     ("#!\n", "its interpreter  does not exist or cannot be run"),
     ("#!/usr/bin/env nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
     ("#!/usr/bin/env -S nosuchpython -u\n", "its interpreter nosuchpython is not in PATH"),
-    ("#!/usr/bin/env\n", "its interpreter  is not in PATH"),
     ("\ufeff#!/bin/sh\n", "it begins with a byte-order mark; save it as UTF-8 without one"),
     ("#!/bin/sh\r\necho\r\n", "its first line ends in a carriage return; save it with Unix line ends"),
     ("#!/usr/bin/env -S A=1 sh -e\n", ""),
-    ("#!/usr/bin/env -S -u X sh\n", ""),
-    ("#!/usr/bin/env -iS --unset X sh\n", ""),
     ("#!/usr/bin/env -Ssh -e\n", ""),
     ("#! /bin/sh -e\n", ""),
 ]
@@ -6758,10 +6722,9 @@ def test_what_runs_and_what_waits_for_what_is_told_now_and_then(agent: World, ga
 STUBBORN = "trap '' TERM INT; echo on; cat gate; while :; do sleep 60; done"
 
 
-@needs_proc
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_everything_and_nothing_is_left(world: World, gate: Gate, number: int, code: int) -> None:
-    text = "trap 'echo told; exit 1' INT TERM HUP; sleep 60 & cat gate; (sleep 60 & sleep 60); wait"
+    text = "@retry 1 10m\ntrap 'echo told; exit 1' INT TERM HUP; sleep 60 & cat gate; (sleep 60 & sleep 60); wait"
     files = {"a": text, "b": "@want a", "daemon": "sleep 60 &", "c": "@want daemon\ncat c", "r": "@retry 5 10m\nexit 1"}
     after = Gate(world, "c")
     boot = Boot(world, files, "--grace", "300ms", patch="coder_sync.REPORT_EVERY = 0.2")  # for those that ignore INT
@@ -6977,9 +6940,12 @@ def test_the_first_process_is_told_to_end_and_when_it_has_the_others(world: Worl
 
 
 def test_the_others_are_told_to_end_after_half_of_the_time_too(world: World) -> None:
-    worker = "sh -c \"trap 'echo worker ends; exit' TERM; sleep 60 & wait; sleep 1\" &"
-    script = f"@timeout 300ms\nexec 2> err\n{worker} trap 'echo told' TERM; while :; do sleep 0.05; done"
-    Boot(world, {"a": script}, "--grace", "1s").ends(1, "a | told\na | worker ends\n")
+    worker = "sh -c \"trap 'echo worker ends; exit' TERM; echo on; sleep 60 & wait; sleep 1\" &"
+    script = f"exec 2> err\ntrap 'echo told' TERM; {worker} while :; do sleep 0.05; done"
+    boot = Boot(world, {"a": script}, "--grace", "2s")
+    boot.prints("a | on")
+    boot.signal()
+    boot.ends(143, "a | told\na | worker ends\n")
 
 
 @needs_proc
@@ -6995,27 +6961,11 @@ def test_a_pid_that_is_another_process_by_now_is_left_alone(world: World) -> Non
     assert other.poll() is None
 
 
-@needs_proc
-def test_what_proc_hides_of_a_group_counts_as_left_unless_it_is_a_zombie(world: World) -> None:
-    other = world.spawn(["sleep", "60"])
-    family, hidden = coder_sync.Family(other.pid, True, ""), coder_sync.Processes()
-    family.first_alive = False
-    del hidden.births[other.pid]
-    assert family.scan(lambda: hidden)
-    hidden.zombie_groups.add(other.pid)
-    assert not family.scan(lambda: hidden)
-
-
 @NAMESPACES
 def test_what_a_process_1_does_not_reap_counts_as_gone(world: World) -> None:
-    lazy = [
-        *PYTHON,
-        "import subprocess, sys, time; subprocess.call(sys.argv[1:]); print('end', flush=True); time.sleep(60)",
-    ]
-    began = time.monotonic()
+    lazy = ["sh", "-c", '"$@"; echo end; exec sleep 60', "-"]
     boot = Boot(world, {"a": "sleep 0.3 & exit 3"}, "--grace", "10m", under=[*UNSHARE, *lazy])
     boot.prints("end")
-    assert time.monotonic() - began < PATIENCE
     boot.process.kill()
 
 
@@ -7289,7 +7239,6 @@ def test_term_to_the_background_process_stops_services_also_without_an_agent(wor
     assert ended(world) == ["api", "db"]
 
 
-@needs_proc
 @pytest.mark.parametrize("options", [["--stay"], ["--stay", "--fail-fast"], []], ids=["stay", "fail-fast", "over"])
 def test_a_service_that_dies_is_told_at_once_and_ends_others_with_fail_fast(world: World, options: list[str]) -> None:
     told = world.directory / "told"
@@ -7355,7 +7304,6 @@ coder_sync.Connection.send = send
 # -- COMMAND, while services run
 
 
-@needs_proc
 @pytest.mark.parametrize(
     ("script", "code", "out"),
     [
@@ -7389,7 +7337,6 @@ def test_a_signal_is_passed_on_to_the_command(world: World, number: signal.Signa
     assert ended(world) == ["web", "api", "db"]
 
 
-@needs_proc
 def test_a_key_of_the_terminal_reaches_the_command_once(world: World) -> None:
     count = "n=0; trap 'n=$((n+1)); echo got $n' INT; echo on; while ! test -e go; do sleep 0.01; done; exit $n"
     boot, master = boot_on_terminal(world, STACK, "-q", "--", "bash", "-c", count)
@@ -7854,52 +7801,25 @@ def test_the_readme_names_every_command_and_is_as_narrow_and_short_as_a_page() -
     assert len(lines) <= 400 and max(map(coder_sync.text_width, lines)) <= 120
 
 
-# A startup of the README, with stand-ins for what needs a network; PACE scales how long they take.
+# A startup of the README, with stand-ins for what needs a network.
 STAND_INS = {
     "git": """#!/bin/sh
-sleep "$(pace 0.6)"; test -e tried || { : > tried; echo "fatal: Could not resolve host: github.com" >&2; exit 128; }
+sleep 0.03; test -e tried || { : > tried; echo "fatal: Could not resolve host: github.com" >&2; exit 128; }
 mkdir app
 """,
-    "apt-get": '#!/bin/sh\ncase "$*" in *gcc*) sleep "$(pace 4.2)" ;; *) sleep "$(pace 2.4)" ;; esac\n',
+    "apt-get": '#!/bin/sh\ncase "$*" in *gcc*) sleep 0.2 ;; *) sleep 0.1 ;; esac\n',
     "python3": """#!/bin/sh
 test "$2" = venv || exec PYTHON "$@"
 mkdir -p venv/bin
-printf '#!/bin/sh\\nsleep %s\\n' "$(pace 4.4)" > venv/bin/pip
-printf '#!/bin/sh\\ntest "${PWD##*/}" = app && sleep %s\\n' "$(pace 1.5)" > venv/bin/alembic
+printf '#!/bin/sh\\nsleep 0.2\\n' > venv/bin/pip
+printf '#!/bin/sh\\ntest "${PWD##*/}" = app\\n' > venv/bin/alembic
 chmod +x venv/bin/*
 """,
-    "setpriv": '#!/bin/sh\nsleep "$(pace 1.2)"; exec answer 5432\n',
-    "pg_isready": """#!PYTHON
-import socket
-socket.create_connection(("127.0.0.1", 5432)).close()
-""",
-    "code-server": '#!/bin/sh\nsleep "$(pace 2.0)"; exec answer 8080\n',
-    "answer": """#!PYTHON
-import http.server, sys
-class Quiet(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-    def log_message(self, *words):
-        pass
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Quiet).serve_forever()
-""",
-    "pace": '#!/bin/sh\nexec PYTHON -IS -c "import sys; print(float(sys.argv[1]) * ${PACE:-1})" "$1"\n',
+    "setpriv": "#!/bin/sh\nexec answer 5432\n",
+    "pg_isready": "#!PYTHON\nimport socket\nsocket.create_connection(('127.0.0.1', 5432)).close()\n",
+    "code-server": "#!/bin/sh\nexec answer 8080\n",
+    "answer": '#!/bin/sh\n: > healthz; exec PYTHON -m http.server --bind 127.0.0.1 "$1" 2> /dev/null\n',
 }
-
-
-def write_example(directory: Path) -> Path:
-    """The scripts of the README's startup below a directory; return where its tools and their stand-ins are."""
-    tools = {f"bin/{name}": text.replace("PYTHON", sys.executable) for name, text in STAND_INS.items()}
-    scripts = dict(re.findall(r"^==> (\S+) <==\n(.*?)\n(?=\n==> |```)", README, re.S | re.M))
-    assert len(scripts) == 8
-    for name, text in {**tools, **scripts}.items():
-        file = directory / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text + "\n")
-        file.chmod(0o755)
-    shutil.copy(installed(), directory / "bin" / "coder_sync.py")
-    return directory / "bin"
 
 
 def listed(timeline: str) -> set[tuple[str, str]]:
@@ -7908,13 +7828,17 @@ def listed(timeline: str) -> set[tuple[str, str]]:
 
 
 def test_the_startup_of_the_readme_boots_and_boots_again(world: World) -> None:
-    tools, ports = write_example(world.directory), [str(free_port()), str(free_port())]
-    for file in [*tools.iterdir(), *(world.directory / "startup.d").iterdir()]:
-        if file.name != "coder_sync.py":
-            text = file.read_text().replace("5432", ports[0]).replace("8080", ports[1])
-            file.write_text(text.replace("retry 3 2s", "retry 3 0.2s"))
-    env = {**world.shell_env(), "PACE": "0.05"}
-    env["PATH"] = f"{tools}:{env['PATH']}"
+    ports = [str(free_port()), str(free_port())]
+    files = {f"bin/{name}": text.replace("PYTHON", sys.executable) for name, text in STAND_INS.items()}
+    files.update(re.findall(r"^==> (\S+) <==\n(.*?)\n(?=\n==> |```)", README, re.S | re.M))
+    assert len(files) == len(STAND_INS) + 8
+    for name, text in files.items():
+        file = world.directory / name
+        file.parent.mkdir(exist_ok=True)
+        ours = text.replace("5432", ports[0]).replace("8080", ports[1]).replace("retry 3 2s", "retry 3 0.2s")
+        file.write_text(ours + "\n")
+        file.chmod(0o755)
+    env = with_copy(world)
     check = re.search(r"^RUN (coder_sync.py boot --check .*)$", README, re.M)
     begin = re.search(r'"postStartCommand": "(.*)"', README)
     assert check and begin
