@@ -3217,8 +3217,10 @@ class Connection:
 
     def due(self) -> float:
         """Return when the thread has something to do next, without being woken."""
-        requests = [(claim.deadline, claim.ticket.report_at, claim.ticket.confirm_by) for claim in self.open.values()]
-        return min(self.idle_at(), *map(min, requests)) if requests else self.idle_at()
+        times = [self.idle_at()]
+        for claim in self.open.values():
+            times += claim.deadline, claim.ticket.report_at, claim.ticket.confirm_by
+        return min(times)
 
     def send(self, data: bytes) -> None:
         """Send data. A peer that has gone or does not read gets nothing more, but its requests are done."""
