@@ -1639,8 +1639,6 @@ class Play:
         assert {unit.name for unit in units.stopping} == {*model.stopping}
         assert units.edges == len(model.edges) + sum(map(len, model.waits.values()))
         assert units.waits == sum("." not in ticket for ticket in model.line) + len(model.waits) + len(model.stops)
-        assert not units._freed
-        assert not units._affected
         for name, unit in units.units.items():
             needs = model.needs(name)
             assert {d.name: r for d, r in unit.wants.items()} == dict(needs)
