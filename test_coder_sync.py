@@ -6318,6 +6318,15 @@ def test_what_goes_on_behind_its_unit_is_heard_and_looked_after_until_it_ends(wo
     assert (world.directory / "logs" / "b.log").read_text() == "script\nfrom the daemon\nits end"
 
 
+def test_the_time_limit_of_a_script_does_not_end_what_it_leaves(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "@timeout 1s\ncat gate &"})
+    boot.ends(0, leaves=True)
+    time.sleep(1.2)
+    assert world.status("a") == "completed"
+    gate.open()
+    boot.gone()
+
+
 def test_a_script_may_tell_its_outcome_and_tidy_up_and_need_not_start_its_unit(world: World, gate: Gate) -> None:
     again = "$SYNC start a -q; $SYNC complete a -q; $SYNC start a -q; cat gate"
     tell = "$SYNC fail c --reason 'no disk' -q; cat told; echo tidied; sleep 60 & sleep 60"
