@@ -4290,7 +4290,8 @@ def test_a_run_finds_its_command_in_the_path_that_a_dependency_has_left(agent: W
 
 
 def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate) -> None:
-    run = agent.popen("run", "a", "--ready", "true", "--ready-timeout", "1000h", "--", "cat", "gate")
+    words = ["run", "a", "--ready", "true", "--ready-timeout", "1000h", "--", "cat", "gate"]
+    run = agent.spawn(altered("coder_sync.CHECK_EVERY = 600", *words))  # a service's end is reported at once
     agent.ok("wait", "a", "--ready", "sleep 0.1", "--timeout", "1000h")
     gate.open()
     assert finish(run).returncode == 0
