@@ -4281,7 +4281,8 @@ def test_a_run_finds_its_command_in_the_path_that_a_dependency_has_left(agent: W
 
 
 def test_a_time_longer_than_poll_can_wait_is_no_trouble(agent: World, gate: Gate) -> None:
-    run = agent.popen("run", "a", "--ready", "true", "--ready-timeout", "1000h", "--", "cat", "gate")
+    words = ["run", "a", "--ready", "true", "--ready-timeout", "1000h", "--", "cat", "gate"]
+    run = agent.spawn(altered("coder_sync.CHECK_EVERY = 600", *words))  # a service's end is reported at once
     agent.ok("wait", "a", "--ready", "sleep 0.1", "--timeout", "1000h")
     gate.open()
     assert finish(run).returncode == 0
@@ -6274,6 +6275,15 @@ def test_what_goes_on_behind_its_unit_is_heard_and_looked_after_until_it_ends(wo
     said = {"a": ["a", "a says more", "end"], "b": ["script", "from the daemon", "its end"], "c": ["c"]}
     assert boot.said() == said
     assert (world.directory / "logs" / "b.log").read_text() == "script\nfrom the daemon\nits end"
+
+
+def test_the_time_limit_of_a_script_does_not_end_what_it_leaves(world: World, gate: Gate) -> None:
+    boot = Boot(world, {"a": "@timeout 1s\ncat gate &"})
+    boot.ends(0, leaves=True)
+    time.sleep(1.2)
+    assert world.status("a") == "completed"
+    gate.open()
+    boot.gone()
 
 
 # ---------------------------------------------------------------------------------------------------------
