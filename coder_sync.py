@@ -141,8 +141,8 @@ def launch():  # type: () -> None
     del sys.argv[: sys.argv[0] == "-c"]
     globals()["__file__"] = sys.argv[0]
     try:
-        for code in code_in(SELF, False):  # the file that the first lines have opened
-            exec(code, globals())
+        for part in code_in(SELF, False):  # the file that the first lines have opened
+            exec(part, globals())
     except KeyboardInterrupt:
         posix._exit(130)
 
@@ -707,7 +707,7 @@ class Channel:
         self._buffer = bytearray()  # the beginning of a line
         self._lines: list[bytearray] = []  # complete lines, not yet returned by `receive`
         self.sock: Any = sock or connected(path, connect_timeout)
-        self.pid, self.uid = who_is_at(self.sock)
+        self.pid, self.uid = peer_credentials(self.sock)
         self._foreign = self.uid not in (0, posix.geteuid())
         self._warned = False  # by `as_answer`
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
@@ -856,10 +856,10 @@ def connected(path: str, connect_timeout: float) -> Any:
         pause = min(2 * pause, 0.05)
 
 
-def who_is_at(sock: Any) -> tuple[int, int]:
-    """Return pid and uid of the process at the other end of a connection, or 0 and -1 if the system does not tell.
+def peer_credentials(sock: Any) -> tuple[int, int]:
+    """Return pid and uid of the process at the other end of a connection, or 0 and -1 if they are unknown.
 
-    At the client's end these are of the process that called listen(2).
+    A client gets those of the process that called listen(2).
     """
     import _socket
 
@@ -873,7 +873,7 @@ def who_is_at(sock: Any) -> tuple[int, int]:
     return int.from_bytes(data[:4], sys.byteorder, signed=True), int.from_bytes(data[4:8], sys.byteorder)
 
 
-def our_caller() -> dict[str, int]:
+def parent_param() -> dict[str, int]:
     """Return the parameter for the pid of our parent, which an agent needs where there is no /proc."""
     return {} if posix.access("/proc/self", posix.F_OK) else {"caller": posix.getppid()}
 
@@ -897,9 +897,7 @@ def unwrap(message: dict[str, Any]) -> Any:
 
 def records(kind: type[R], rows: Any) -> list[R]:
     """Return a list of records from JSON. Raises Unreachable."""
-    if not isinstance(rows, list):
-        raise Unreachable(f"the answer has no list of {kind.__name__}; are agent and client of one version?")
-    return [record(kind, row) for row in rows]
+    return [record(kind, row) for row in (rows if isinstance(rows, list) else [rows])]
 
 
 def agent_path(given: str) -> str:
@@ -946,8 +944,8 @@ class BaseClient:
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Each call opens a connection, and tries to for `connect_timeout` seconds. The default is
-        $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for calls that coordinate, and one try for questions.
+        Each call tries to connect for `connect_timeout` seconds. The default is $CODER_SYNC_CONNECT_TIMEOUT, else 3
+        seconds for calls that coordinate, and one try for questions.
         """
         self.socket_path = agent_path(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
@@ -995,13 +993,13 @@ class BaseClient:
     def complete(self, unit: str, exit_code: int = 0) -> None:
         """End `unit`, with success unless `exit_code` is not 0. Raises NotRegistered."""
         if exit_code:
-            self._call("fail", unit=unit, exit_code=exit_code, **our_caller())
+            self._call("fail", unit=unit, exit_code=exit_code, **parent_param())
         else:
-            self._call("complete", unit=unit, **our_caller())
+            self._call("complete", unit=unit, **parent_param())
 
     def fail(self, unit: str, reason: str = "") -> None:
         """End `unit` without success: units that require it are skipped. Raises NotRegistered."""
-        self._call("fail", unit=unit, reason=one_line(reason), **our_caller())
+        self._call("fail", unit=unit, reason=one_line(reason), **parent_param())
 
 
 class Start:
@@ -1012,7 +1010,7 @@ class Start:
     ) -> None:
         """Wait until the agent has started the unit. `params` are further parameters of its method `start`."""
         params["dependencies"], params["locks"] = name_list(params["dependencies"]), name_list(params["locks"])
-        params.update(unit=check_name(unit), hold=hold, confirm=not hold, **our_caller())
+        params.update(unit=check_name(unit), hold=hold, confirm=not hold, **parent_param())
         began = time.monotonic()
         self.channel = client._channel("start")
         try:
@@ -1118,7 +1116,7 @@ class Argument:
         self.takes_value = self.is_repeated or "action" not in words
         self.default = words.get("default", [] if self.is_repeated else "" if self.takes_value else False)
 
-    def read(self, text: str) -> Any:
+    def convert(self, text: str) -> Any:
         """Convert a text to a value of the argument. Raises UsageError."""
         choices = self.words.get("choices", [text])
         try:
@@ -1159,12 +1157,12 @@ class Command:
         """The options, by each of their names."""
         return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
-    def take(self, args: Args, names: Sequence[str]) -> None:
+    def set_positionals(self, args: Args, names: Sequence[str]) -> None:
         """Set the positionals in `args` to `names`. Raises UsageError."""
         for argument in self.positionals:
             if not names and argument.words.get("nargs") != "*":
                 raise UsageError(f"the following arguments are required: {argument.words['metavar']}")
-            setattr(args, argument.dest, names if argument.is_repeated else argument.read(names[0]))
+            setattr(args, argument.dest, names if argument.is_repeated else argument.convert(names[0]))
             names = [] if argument.is_repeated else names[1:]
         if names:
             hint = "; did you forget -- before the command?" if self.tail and not args.command else ""
@@ -1202,15 +1200,15 @@ COMMANDS: dict[str, Command] = {}
 class Reporter:
     """Prints the missing dependencies during a wait; `waited` is whether there has been one."""
 
-    def __init__(self, args: Args, prefix: str, fd: int = 1) -> None:
-        self.args, self.prefix, self.fd, self.waited = args, prefix, fd, False
+    def __init__(self, prefix: str, quiet: bool, fd: int = 1) -> None:
+        self.prefix, self.quiet, self.fd, self.waited = prefix, quiet, fd, False
 
     def __call__(self, missing: list[Dependency], waited: float) -> None:
         how = f"still waiting after {span(waited)}" if self.waited else "waiting"
         self.waited = True
         more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
         text = f"{self.prefix}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
-        say(text, self.fd, self.args.quiet)
+        say(text, self.fd, self.quiet)
 
     def started(self, started: Started) -> str:
         """Return the line about a start."""
@@ -1251,7 +1249,7 @@ def cmd_want(args: Args) -> None:
 )
 def cmd_start(args: Args) -> None:
     """Wait until UNIT may run, and mark it started."""
-    report = Reporter(args, f"{args.unit}: ")
+    report = Reporter(f"{args.unit}: ", args.quiet)
     start = start_unit(args, report, pid=args.pid)
     say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
     start.confirm()  # last: if this process is killed before, the next claim on the unit is granted
@@ -1300,7 +1298,7 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
         words, values["command"] = split_tail(command, words)
         for argument in command.arguments:
             default = argument.default
-            values[argument.dest] = argument.read(default) if default and isinstance(default, str) else default
+            values[argument.dest] = argument.convert(default) if default and isinstance(default, str) else default
         while words:
             word = words.pop(0)
             if word[:1] != "-":
@@ -1309,9 +1307,9 @@ def quick(argv: Sequence[str]) -> tuple[Command, Args] | None:
             option = options[word]
             if option.takes_value and words[0][:1] == "-":
                 return None
-            value = option.read(words.pop(0)) if option.takes_value else True
+            value = option.convert(words.pop(0)) if option.takes_value else True
             values[option.dest] = [*values[option.dest], value] if option.is_repeated else value
-        command.take(args, names)
+        command.set_positionals(args, names)
     except (UsageError, LookupError, ValueError):
         return None
     return None if args.help or args.command is None else (command, args)
@@ -1374,19 +1372,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if __name__ == "__main__" and quick(sys.argv[1:]):
+if __name__ == "__main__" and quick(sys.argv[1:]):  # a plain call needs nothing from below
     main()
 if SELF:  # by `launch`
     rest, SELF = code_in(SELF, True), None
-    for code in rest:
-        exec(code, globals())
+    for part in rest:
+        exec(part, globals())
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Client. The rest of the Python API, on which the command line is built; the records that it returns; suggestions for
-# names.
+# Client. The rest of the Python API, on which the command line is built; the records that it returns; did you mean?
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1482,7 +1479,7 @@ class Client(BaseClient):
         return time.monotonic() - began
 
     def reset(self, *units: str) -> list[str]:
-        """Make units that have ended pending again, and those skipped because of them; all if none is named.
+        """Make ended units pending again, and units that they caused to be skipped; all units if none is named.
 
         Return their names. Raises NotRegistered, or Refused while one of them is started.
         """
@@ -1494,7 +1491,7 @@ class Client(BaseClient):
             return channel.as_answer(channel.call("env", unit=unit)).env
 
     def stop(self, *units: str, grace: float = GRACE) -> list[str]:
-        """End the commands of units and of their dependents, these first; of all units if none is named.
+        """End the commands of units and of their dependents, dependents first; of all units if none is named.
 
         Return the names of the units when their commands have ended; those that ignore TERM are killed after `grace`
         seconds. Raises NotRegistered, or Refused if a command still runs.
@@ -1505,7 +1502,7 @@ class Client(BaseClient):
         return answer.stopped
 
     def halt(self, *units: str, grace: float = GRACE) -> Answer:
-        """Do the same as `stop`, but return units that were `stopped`, are `left`, and `cannot` be stopped."""
+        """Do the same as `stop`, but return the units that are `stopped`, are `left`, or `cannot` be stopped."""
         with self._channel("stop") as channel:
             request = channel.request("stop", units=list(units), grace=grace)
             return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
@@ -1564,7 +1561,7 @@ class Client(BaseClient):
         """Return a context manager that starts `unit`, and completes it at the end of the block.
 
         If the block raises, the unit fails, with the exception as the reason; also if the process ends. sys.exit() and
-        sys.exit(0) complete it. To enter the block raises the same exceptions as `start`.
+        sys.exit(0) complete it. Entering the block raises the same exceptions as `start`.
         """
         return Block(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
@@ -1594,7 +1591,7 @@ class Block:
                     raise
 
 
-def let_go(unit: str, owner: Owner | None) -> str:
+def gone_hint(unit: str, owner: Owner | None) -> str:
     """Return the end of a message about a unit: what to do if its owner has gone."""
     gone = owner is not None and owner.alive is False
     return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
@@ -1604,7 +1601,7 @@ def still_running(answer: Answer) -> str:
     """Return the message about commands that `stop` has not ended."""
     texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
     for row in answer.cannot:
-        way = let_go(row.unit, row.owner) or ", which has no supervisor: end that process"
+        way = gone_hint(row.unit, row.owner) or ", which has no supervisor: end that process"
         texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
 
@@ -1627,7 +1624,7 @@ def resembling(name: str, names: Iterable[str]) -> str:
     return next((n for n in close if n.translate(digits) != name.translate(digits)), "")
 
 
-def meant(guess: str, otherwise: str = "") -> str:
+def did_you_mean(guess: str, otherwise: str = "") -> str:
     """Return the end of a message about an unknown name: the name that it resembles, or `otherwise`."""
     return f'; did you mean "{guess}"?' if guess else otherwise
 
@@ -1827,7 +1824,7 @@ class Family:
 
     def __init__(self, pid: int, leads: bool, mark: str) -> None:
         self.pid, self.leads, self.mark = pid, leads, mark  # of the first process; whether it leads a session or group
-        self.first = pid > 0  # whether the first process has not ended
+        self.first_alive = pid > 0  # whether the first process has not ended
         self._known: dict[int, int] = {}  # pid -> start time, as of the last scan
 
     def scan(self, processes: Callable[[], Processes]) -> bool:
@@ -1835,12 +1832,12 @@ class Family:
         try:
             alive = processes()
         except FileNotFoundError:  # there is no /proc
-            return self.first or self.has_group()
+            return self.first_alive or self.has_group()
         except OSError:  # no file descriptor is left, or processes begin too fast
             return True
-        self.leads = self.leads and (self.first or self.pid not in alive.births)  # else it is another process's pid
+        self.leads = self.leads and (self.first_alive or self.pid not in alive.births)  # else the pid is reused
         todo = [pid for pid, birth in self._known.items() if alive.births.get(pid) == birth]
-        todo += [self.pid] * (self.first or self.leads)
+        todo += [self.pid] * (self.first_alive or self.leads)
         todo += alive.related.get(self.mark, ()) if self.mark else ()
         found: set[int] = set()
         while todo:
@@ -1850,7 +1847,7 @@ class Family:
                 todo += alive.related.get(pid, ())
         self._known = {pid: alive.births[pid] for pid in found if pid in alive.births}
         missed = self.has_group() and self.pid not in alive.zombie_groups
-        return self.first or bool(self._known) or missed
+        return self.first_alive or bool(self._known) or missed
 
     def has_group(self) -> bool:
         """Return whether its own group has members, zombies included."""
@@ -1858,15 +1855,15 @@ class Family:
 
     def terminate_first(self) -> None:
         """Send TERM to the first process, and CONT, since it may be stopped."""
-        if self.first:
+        if self.first_alive:
             signal_to(self.pid, signal.SIGTERM, signal.SIGCONT)
 
     def pids(self) -> list[int]:
         """Return the pids of the known processes that are left."""
-        return [self.pid] * self.first + self._others()
+        return [self.pid] * self.first_alive + self._others()
 
     def _others(self) -> list[int]:
-        others = [pid for pid in self._known if pid != self.pid or not self.first]
+        others = [pid for pid in self._known if pid != self.pid or not self.first_alive]
         return [pid for pid in others if birth(pid) == str(self._known[pid])]
 
     def terminate_others(self) -> None:
@@ -2165,7 +2162,7 @@ class Unit:
         self.facts = object.__new__(UnitStatus)  # attributes that are not set have their defaults and take no memory
         self.root = ""  # the first failure that caused the unit to be skipped
         self.last: Claim | None = None  # the held claim that was granted last
-        self.lost = False  # that claim ended before the command did, as far as is known
+        self.lost = False  # that claim has ended, and perhaps not the command
         self.owner_is_command = False  # the owner in `facts` is the command itself, as its supervisor has said
 
     def first(self) -> Claim | None:
@@ -2363,7 +2360,7 @@ class Units:
             claim.delivered = True
             self._answer_line(unit, self._already_started(unit, *(other.owner for other in unit.line)))
             if not claim.held:
-                self._end_holder(unit)
+                self._end_claim(claim)
 
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
         """End claims before their time, all in one step; there is no other way in which they end so.
@@ -2417,7 +2414,7 @@ class Units:
         elif holder and not stopping:
             self.run_on(holder)
         elif other and not other.supervisor:
-            self._end_holder(unit)
+            self._end_claim(other)
         self._settle_all()
         if before in ENDED and unit.status == before != status and not (holder and stopping):
             why = f" ({reason})" if reason else ""
@@ -2441,7 +2438,7 @@ class Units:
             self._set(unit, Outcome(FAILED, f"died {ran} after it was ready: {reason}", code, "died"))
         elif ran_on:
             self._record(unit, "exited", reason)
-        self._end_holder(unit, STOPPED if stopped else reason)
+        self._end_claim(claim, STOPPED if stopped else reason)
         self._settle_all()
 
     def run_on(self, claim: Claim) -> None:
@@ -2507,7 +2504,7 @@ class Units:
             if unit.status == STARTED:
                 owner = self._owner(unit)
                 by = owner_text(owner, " by ", ", which is no longer running,")
-                hint = let_go(unit.name, owner) or "; end it first"
+                hint = gone_hint(unit.name, owner) or "; end it first"
                 raise Refused(f'unit "{unit.name}" is started{by} and cannot be reset{hint}')
             if unit.holder:
                 raise Refused(f"{unit.still_runs()} and cannot be reset; stop it first")
@@ -2694,7 +2691,7 @@ class Units:
         if claim and claim.boot and status != PENDING:
             env = self.environment(unit.name) if status == STARTED else {}
             self.answer(claim, {"unit": unit.name, "status": status, "reason": outcome.reason, "env": env})
-        if not unit.name and status != PENDING:  # a wait is over: forget the names that nothing else has mentioned
+        if not unit.name and status != PENDING:  # a wait is over: forget the names that only it has mentioned
             waited_for = unit.wants
             self._link(unit, {})
             self._forget(waited_for)
@@ -2705,12 +2702,13 @@ class Units:
             self._set(unit, Outcome(FAILED, STOPPED, event=STOPPED))
         self._answer_line(unit, Refused(f'unit "{unit.name}" was not started: stopped'))
 
-    def _end_holder(self, unit: Unit, how: str = "") -> None:
-        """End the claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
-        claim, unit.holder, unit.lost = unit.holder, None, how == LOST
+    def _end_claim(self, claim: Claim, how: str = "") -> None:
+        """End a claim that was granted. `how` is how the command ended, if it ran on, or LOST if that is unknown."""
+        unit = claim.unit
+        unit.holder, unit.lost = None, how == LOST
         if unit.facts.running_on:
             unit.facts.running_on, unit.facts.exited, unit.facts.exit_reason = False, self._now(), how
-        if unit.status != STARTED or (claim and claim.held):
+        if unit.status != STARTED or claim.held:  # a unit that was started by a plain claim keeps its locks
             self._free(unit)
         if self.stopping.pop(unit, None):
             for stop in [stop for stop in self.stops if unit in stop.units]:
@@ -2745,7 +2743,7 @@ class Units:
         command = "that process" if unit.owner_is_command else "its command"
         end = f"ended; {command} may still run" if ran_on else "ended without completing"
         reason = one_line(f"lost: {by}{self._process_text(claim.owner) or 'the process that held it'} {end}")
-        self._end_holder(unit, LOST)
+        self._end_claim(claim, LOST)
         if ran_on:
             self._set(unit, Outcome(FAILED, reason))
         return reason
@@ -2760,7 +2758,7 @@ class Units:
                 self.locks.pop(lock.name, None)
         unit.locks = ()
 
-    # -- small parts --------------------------------------------------------------------------------------
+    # -- declarations, and lines --------------------------------------------------------------------------
 
     def _declare(self, members: Sequence[Member], replace: bool = False) -> list[Unit]:
         """Register units and add their dependencies, all or none; `replace` drops the dependencies that they had.
@@ -2936,7 +2934,7 @@ class Units:
             return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
         if unit.status in ENDED:
             return AlreadyStarted(f"{unit.still_runs()}: stop it first")
-        whose = owner_text(owner, " by ") + let_go(unit.name, owner)
+        whose = owner_text(owner, " by ") + gone_hint(unit.name, owner)
         return AlreadyStarted(f'unit "{unit.name}" is already started{whose}')
 
     def _check_report(self, unit: Unit, status: str, by: Owner | None) -> None:
@@ -3008,8 +3006,8 @@ class Units:
 #   other thread puts messages into the outbox of the connection and wakes its thread, both under the lock.
 # - A thread that waits polls its socket and its wake-up descriptor, until something is due for one of its claims. So
 #   the end of a client is noticed at once, and all its claims end in one step.
-# - A claim is answered once. The answer counts as delivered when it was sent; if the client has asked for `confirm`,
-#   when it says that it has the answer, and CONFIRM_TIMEOUT later all the same.
+# - A claim is answered once. The answer counts as delivered when it was sent; if the request has `confirm`, when the
+#   client confirms it, or CONFIRM_TIMEOUT after it was sent.
 # - A follower of events reads them from the history; it has no queue of its own.
 # ----------------------------------------------------------------------------------------------------------
 
@@ -3020,7 +3018,7 @@ MAX_CONNECTIONS = 4096
 MAX_QUEUE = 200_000  # lines of the log that are not written yet
 MAX_LOG = 16 << 20  # bytes of a --log-file, after which it becomes FILE.1
 REPLACE_TIMEOUT = GRACE + 4.0  # seconds that an agent has to stop its services and end
-MANY_CLAIMS = 10_000  # of one connection
+MANY_CLAIMS = 10_000  # of one connection, which then forgets those that are over
 MAX_BOOT = 64 << 20  # bytes of all requests of a boot
 ANSWER_TIMEOUT = 3.0  # seconds after which an agent that is to be replaced counts as stopped
 SEND_TIMEOUT = 10  # seconds for which a peer may read nothing that is sent to it
@@ -3032,7 +3030,7 @@ STACK = 256 * 1024  # bytes, of a thread
 ELSEWHERE = "elsewhere"  # `born` of a process in another process namespace, whose pid means nothing here
 NO_ENVIRONMENT: dict[str, str] = {}
 
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation of a parameter -> its name, its test
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation -> name, test of a value
     "str": ("a string", lambda v: type(v) is str),
     "int": ("a whole number", lambda v: type(v) is int and abs(v) < 2**31),
     "float": ("a number of seconds", lambda v: type(v) in (int, float) and 0 <= v < 1e9),
@@ -3219,8 +3217,10 @@ class Connection:
 
     def due(self) -> float:
         """Return when the thread has something to do next, without being woken."""
-        requests = [(claim.deadline, claim.ticket.report_at, claim.ticket.confirm_by) for claim in self.open.values()]
-        return min(self.idle_at(), *map(min, requests)) if requests else self.idle_at()
+        times = [self.idle_at()]
+        for claim in self.open.values():
+            times += claim.deadline, claim.ticket.report_at, claim.ticket.confirm_by
+        return min(times)
 
     def send(self, data: bytes) -> None:
         """Send data. A peer that has gone or does not read gets nothing more, but its requests are done."""
@@ -3245,7 +3245,7 @@ class Connection:
 
     def caller(self, hold: bool, parent: int = 0) -> Owner | None:
         """Return the peer, if it is to hold a unit, else the script that called it; without /proc that is `parent`."""
-        pid = who_is_at(self.sock)[0]
+        pid = peer_credentials(self.sock)[0]
         if pid and not hold:
             pid = int(proc_line(pid, "PPid:") or 0) if has_proc() else parent
         return process(pid)
@@ -3273,7 +3273,6 @@ class Agent:
         self.units = Units(time.monotonic, time.time, self._alive, self._event, self._answer)
         self.connections: set[Connection] = set()
         self.followers: set[Connection] = set()
-        self.began = time.monotonic()
         self.leaving = False  # the agent is about to end, and takes no more claims
         self.owners: dict[Claim, io.FileIO | None] = {}  # claim of a `start --pid` -> pidfd of the process, if any
         self._owners_wake = WakeUp()
@@ -3290,7 +3289,7 @@ class Agent:
 
     # -- a connection's thread ----------------------------------------------------------------------------
 
-    def end(self, connection: Connection) -> None:
+    def disconnect(self, connection: Connection) -> None:
         """Close a connection and end its claims."""
         with self.lock:
             connection.gone = True
@@ -3360,7 +3359,7 @@ class Agent:
         except SyncError as problem:
             error = problem
             if isinstance(error, NotRegistered):
-                error = NotRegistered(f"{error}{meant(self._resembling(error.unit))}")
+                error = NotRegistered(f"{error}{did_you_mean(self._resembling(error.unit))}")
             self.log.say(f"refused: {one_line(str(error))}")
             connection.post(error_message(request.id, error))
             trusted = not isinstance(error, ParseError)
@@ -3486,7 +3485,7 @@ class Agent:
     # -- methods of the protocol, under the lock; each returns its result, or None if the answer comes later ------
 
     def do_ping(self, request: Request) -> Any:
-        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.began, 3)}
+        return {"version": __version__, "pid": os.getpid(), "uptime": round(time.monotonic() - self.units.began, 3)}
 
     def do_want(self, request: Request, unit: str, dependencies: Sequence[str] = (), requires: str = SUCCESS) -> Any:
         node = self.units.want(unit, dependencies, requires)
@@ -3514,7 +3513,7 @@ class Agent:
         """
         request.confirm = confirm
         connection, held, supervisor = request.connection, hold or pid != 0, supervisor and pid == 0
-        owner = self._process(connection, pid) if pid else connection.caller(hold or supervisor, caller)
+        owner = self._owner(connection, pid) if pid else connection.caller(hold or supervisor, caller)
         member = (unit, dict.fromkeys(dependencies, check_requirement(requires)), locks)
         by: dict[str, Any] = {"owner": owner, "held": held, "supervisor": supervisor}
         claim = self._expect(request, lambda: self.units.start(member, request, timeout, **by), progress)
@@ -3556,7 +3555,7 @@ class Agent:
             raise Unreachable("the agent is shutting down")
 
     def _keep(self, connection: Connection, claims: Iterable[Claim]) -> None:
-        """Let claims end with a connection. Forget its old ones that are over, if there are many."""
+        """Let claims end with a connection."""
         connection.claims.update(dict.fromkeys(claims))
         if len(connection.claims) > MANY_CLAIMS:
             connection.claims = {c: None for c in connection.claims if not c.is_over()}
@@ -3681,10 +3680,10 @@ class Agent:
     @staticmethod
     def _knows_pids_of(connection: Connection) -> bool:
         """Return whether a peer is in our process namespace, so that a pid means the same process to both."""
-        peer = who_is_at(connection.sock)[0]
+        peer = peer_credentials(connection.sock)[0]
         return peer > 0 and len(proc_line(peer, "NSpid:").split()) <= 1
 
-    def _process(self, connection: Connection, pid: int) -> Owner | None:
+    def _owner(self, connection: Connection, pid: int) -> Owner | None:
         """Return the process with a pid, as an owner. Raises Refused if there is none."""
         if not self._knows_pids_of(connection):
             raise Refused(f"process {pid}: the caller is not in the agent's process namespace; start without --pid")
@@ -3808,7 +3807,7 @@ def make_server(agent: Agent, sock: Any, most: int, look: Callable[[], None]) ->
             _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
         def shutdown_request(self, request: Any) -> None:
-            agent.end(request)
+            agent.disconnect(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             error: Any = sys.exc_info()[1]
@@ -4299,7 +4298,8 @@ class Bar:
             ("waits for a lock", self.ready, self.started),
             ("runs", self.started, self.ended),
         ]
-        self.phases = [each for each in phases if each[2] > each[1] or (self.has_run and each[0] == "runs")]
+        shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # even if it took no time
+        self.phases = [each for each in phases if each[2] > each[1] or each[0] == shown]
         self.phases += [("another try", time, time) for time in unit.tries]
 
 
@@ -4310,12 +4310,13 @@ class Startup:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
         self.first = min((u.registered or 0.0 for u in known), default=0.0)
         times = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
-        times += [graph.now for u in known if u.status == STARTED or u.is_waiting]
+        goes_on = any(u.status == STARTED or u.is_waiting for u in known) or all(u.ended is None for u in known)
+        times += [graph.now] if known and goes_on else []
         self.last = max([self.first, *times])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        rows = (self.bars[u.unit_name] for u in known)
-        self.rows = sorted(rows, key=lambda bar: (not bar.has_run, bar.started, bar.name))
+        known.sort(key=lambda u: (u.started is None, u.registered if u.started is None else u.started, u.unit_name))
+        self.rows = [self.bars[u.unit_name] for u in known]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
         self.critical, steps = set(names), set(zip(names, names[1:]))
@@ -4356,9 +4357,9 @@ class Startup:
         if not self.path or self.length <= 0:
             return text
         steps = [f"{bar.name} {span(share)}" for bar, share in self.path]
-        shown = " -> ".join(["..."] * (len(steps) > 10) + steps[-10:])
+        steps = ["...", *steps[-10:]] if len(steps) > 10 else steps
         percent = 100 * sum(share for _, share in self.path) / self.length
-        return f"{text}; critical path: {shown} ({percent:.0f}% of it)"
+        return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
@@ -4374,14 +4375,16 @@ def ticks(length: float, most: int) -> list[tuple[float, str]]:
 
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
     """Draw each unit as a row on one axis of time; a star marks the units on the critical path."""
-    glyphs = {phase: both[not unicode] for phase, (both, *_) in PHASES.items()}
+    glyphs = {phase: pair[0] if unicode else pair[1] for phase, (pair, *_) in PHASES.items()}
     startup, dots = Startup(graph), "\u2026" if unicode else "~"
     summary = wrap(startup.summary(), width, dots)
     if not startup.rows:
         return "\n".join(summary) + "\n"
     labels = [bar.name if unicode else ascii(bar.name)[1:-1] for bar in startup.rows]
     label_width = min(max(map(text_width, labels)), max(8, min(width // 3, width - 32)))
-    outcomes = [state_word(bar.unit) for bar in startup.rows]
+    outcomes = []
+    for unit in (bar.unit for bar in startup.rows):
+        outcomes.append(state_word(unit) + ("" if unit.exited is None else f" at {span(unit.exited - startup.first)}"))
     cells = width - label_width - 12 - max(10, *map(len, outcomes))
     scale = cells / (startup.length or 1.0)
     axis = " " * (label_width + 3)
@@ -4464,7 +4467,7 @@ def read_timeline(text: str | bytes, name: str) -> Startup:
 
 
 def compare_text(before: Startup, now: Startup) -> str:
-    """Compare how long units took in two startups: the largest change first, after what did not complete in both."""
+    """Compare how long units took in two startups: the largest change first, after the units that did not complete."""
 
     def change(seconds: float) -> str:
         return "0" if abs(seconds) < 0.0005 else f"{'+' if seconds > 0 else '-'}{span(abs(seconds))}"
@@ -4472,16 +4475,17 @@ def compare_text(before: Startup, now: Startup) -> str:
     def cell(bar: Bar | None) -> str:
         if bar is None:
             return "-"
-        return span(bar.ran) if bar.unit.status == COMPLETED else bar.unit.status
+        took = span(bar.ran) if bar.ran or bar.unit.status == COMPLETED else ""
+        return took if bar.unit.status == COMPLETED else f"{took} {bar.unit.status}".lstrip()
 
-    bars = [{bar.name: bar for bar in startup.rows} for startup in (before, now)]
+    old_bars, new_bars = ({bar.name: bar for bar in startup.rows} for startup in (before, now))
     rows: list[tuple[float, list[str]]] = []
-    for name in sorted({**bars[0], **bars[1]}):
-        old, new = (of_startup.get(name) for of_startup in bars)
-        seconds, text = NEVER, "-"
-        if old and new and old.unit.status == new.unit.status == COMPLETED:
-            seconds = new.ran - old.ran
-            text = change(seconds)
+    for name in sorted({**old_bars, **new_bars}):
+        old, new = old_bars.get(name), new_bars.get(name)
+        seconds = (new.ran if new else 0.0) - (old.ran if old else 0.0)
+        text = "came" if old is None else "went" if new is None else change(seconds)
+        if any(bar and bar.unit.status != COMPLETED for bar in (old, new)):
+            seconds, text = NEVER, "-"
         critical = [word for word, startup in (("before", before), ("now", now)) if name in startup.critical]
         rows.append((-abs(seconds), [name, cell(old), cell(new), text, " and ".join(critical)]))
     text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
@@ -4493,13 +4497,14 @@ def compare_text(before: Startup, now: Startup) -> str:
 STYLE = """
 svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
 .w{fill:#d5d9e0}.l{fill:#e6c35c}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}
-.g{stroke:#888;opacity:.3}.t{fill:#222}.y{opacity:0}.z{fill:#888;opacity:.08}
-.h{font-weight:bold;fill:#b5500f}.m{fill:#777}.c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
+.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{fill:#222}
+.y{opacity:0}.z{fill:#888;opacity:.08}.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
+.c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
 @media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.l{fill:#8a7430}
 .completed{fill:#4fb37a}.failed{fill:#e26060}.t{fill:#ddd}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
 LEGEND = [(phase, phase, STARTED) for phase in PHASES]  # texts, each with the phase and the status that are drawn
-LEGEND += [(status, "runs", status) for status in (COMPLETED, FAILED)]
+LEGEND += [(SKIPPED, "waits", SKIPPED), (COMPLETED, "runs", COMPLETED), (FAILED, "runs", FAILED)]
 LEGEND += [("on the critical path", "runs", COMPLETED + " k")]
 
 
@@ -4513,7 +4518,8 @@ def svg_text(x: float, y: float, text: str, css_class: str = "m", anchor: str = 
 def svg_phase(phase: str, status: str, x: float, y: float, width: float) -> str:
     """Return the rectangle of a phase in SVG; `y` is the top of its row."""
     _, css_class, top, height = PHASES[phase]
-    return f'<rect class="{css_class or status}" x="{x:.1f}" y="{y + top}" width="{width:.1f}" height="{height}"/>'
+    css_class = SKIPPED if (phase, status) == ("waits", SKIPPED) else css_class or status
+    return f'<rect class="{css_class}" x="{x:.1f}" y="{y + top}" width="{width:.1f}" height="{height}"/>'
 
 
 def timeline_svg(graph: Graph) -> str:
@@ -4522,7 +4528,10 @@ def timeline_svg(graph: Graph) -> str:
 
     startup, causes = Startup(graph), obstacles(graph)
     column, height, axis = 7.4, 20, 760.0  # pixels: width of a character, height of a row, length of the axis of time
-    outcomes = [fit(status_and_reason(bar.unit), 60).rstrip() for bar in startup.rows]
+    outcomes = []
+    for unit in (bar.unit for bar in startup.rows):
+        is_over = unit.status in ENDED and not unit.running_on
+        outcomes.append(fit(status_and_reason(unit) if is_over else state_word(unit), 60).rstrip())
     left = 16 + column * min(max((text_width(bar.name) for bar in startup.rows), default=0), 60)
     right, scale = left + axis + 70, axis / (startup.length or 1.0)
     width = max(right + 8 + column * max(map(text_width, outcomes), default=0), 920 + left)
@@ -4530,7 +4539,7 @@ def timeline_svg(graph: Graph) -> str:
     top = 18 * len(summary) + 44
     bottom = top + height * len(startup.rows)
     body = [svg_text(8, 20 + 18 * i, line, "h") for i, line in enumerate(summary)]
-    for tick, label in ticks(startup.length, 10):
+    for tick, label in ticks(startup.length, 10) if startup.rows else ():
         x = left + tick * scale
         body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{bottom}"/>')
         body.append(svg_text(x, top - 14, label, anchor="middle"))
@@ -4539,18 +4548,20 @@ def timeline_svg(graph: Graph) -> str:
         y, status, is_critical = top + height * i, bar.unit.status, bar.name in startup.critical
         starts[bar.name] = left + (bar.started - startup.first) * scale, y
         body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, causes[bar.name]))}</title>")
-        body.append(f'<rect class="{"yz"[i % 2]}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
+        shade = "z" if i % 2 else "y"
+        body.append(f'<rect class="{shade}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
         body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else ""))
         for phase, start, end in bar.phases:
             size = max((end - start) * scale, 2.0)
             x = left + min((start - startup.first) * scale, axis - size)
-            body.append(svg_phase(phase, status + " k" * (is_critical and phase == "runs"), x, y, size))
+            css_class = f"{status} k" if is_critical and phase == "runs" else status
+            body.append(svg_phase(phase, css_class, x, y, size))
         body.append(svg_text(right - 8, y + 14, bar.took, "", "end"))
         body.append(svg_text(right, y + 14, outcome, FAILED if status == FAILED else "m") + "</g>")
     for (before, _), (after, _) in zip(startup.path, startup.path[1:]):
         x, y = starts[after.name]
         body.append(f'<path class="c" d="M{x:.1f} {starts[before.name][1] + 16}V{y + 4}"/>')
-    for i, (text, phase, status) in enumerate(LEGEND):
+    for i, (text, phase, status) in enumerate(LEGEND if startup.rows else ()):
         x, y = 8.0 + 184 * (i % 5), bottom + 12 + height * (i // 5)
         body.append(svg_phase(phase, status, x, y, 2 if phase == "another try" else 24))
         body.append(svg_text(x + 30, y + 14, text))
@@ -4559,11 +4570,11 @@ def timeline_svg(graph: Graph) -> str:
     return "\n".join([head, *body, "</svg>\n"])
 
 
-def timeline_as(form: str, graph: Graph) -> str:
-    """Return the timeline in one of its forms for files."""
+def timeline_as(form: str, graph: Graph, *options: Any) -> str:
+    """Return the timeline in one of its forms; `options` are those of `timeline_text`."""
     if form == "json":
         return json_text(timeline_data(graph))
-    return timeline_svg(graph) if form == "svg" else timeline_text(graph)
+    return timeline_svg(graph) if form == "svg" else timeline_text(graph, *options)
 
 
 # -- the graph ----------------------------------------------------------------------------------------------
@@ -4574,7 +4585,7 @@ def part_of(graph: Graph, names: Sequence[str]) -> Graph:
     wants = {u.unit_name: u.wants for u in graph.nodes}
     for name in names:
         if name not in wants:
-            hint = meant(resembling(name, wants), f"; see `{PROGRAM} list --all`")
+            hint = did_you_mean(resembling(name, wants), f"; see `{PROGRAM} list --all`")
             raise NotRegistered(f'no unit "{name}"{hint}')
     keep = reached(names, wants.get)
     return Graph(graph.now, [u for u in graph.nodes if u.unit_name in keep])
@@ -4649,9 +4660,7 @@ def graph_mermaid(graph: Graph) -> str:
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """Return the graph for JSON."""
-    edges = [
-        {"unit_name": u.unit_name, "depends_on": d, "requirement": r} for u in graph.nodes for d, r in u.wants.items()
-    ]
+    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r, _ in Startup(graph).edges]
     return {"units": plain_units(graph.nodes, ("unit_name", "status", "reason", "running_on")), "edges": edges}
 
 
@@ -4709,20 +4718,21 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     parts.sort(key=lambda part: -len(part[0]))
     texts = []
     for held, group in parts[:50]:
-        lines = sentences(graph, group, causes)
+        lines = sentences(graph, group, causes, 5 if held else 20)
         for word, is_skipped in (("held up", False), ("skipped", True)):
             listed = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
             lines += [f"    {word}: {some_names(listed)}"] if listed else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    return "\n".join([*sentences(graph, between, causes), "\n\n".join(texts) or nothing]) + "\n"
+    lines = sentences(graph, between, causes, max(8, len(names)))
+    return "\n".join([*lines, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[str, str]]) -> list[str]:
-    """Return a sentence on each of the first 20 units and its obstacles, and how many more units there are."""
+def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[str, str]], most: int) -> list[str]:
+    """Return a sentence on each of the first `most` units and its obstacles, and how many more units there are."""
     lines = []
-    for u in units[:20]:
+    for u in units[:most]:
         if u.status != NOT_REGISTERED:
             lines.append(sentence(u, graph.now, causes[u.unit_name]) + ".")
             continue
@@ -4731,8 +4741,8 @@ def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[
         why += f"; it is wanted by {some_names(wanted_by)}" if wanted_by else ""
         known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
         guess = resembling(u.unit_name, known.difference(wanted_by))  # its name may be misspelt
-        lines.append(f'"{u.unit_name}" is not registered: {why}{meant(guess, ".")}')
-    return lines + ([f"({len(units) - 20} more like these)"] if len(units) > 20 else [])
+        lines.append(f'"{u.unit_name}" is not registered: {why}{did_you_mean(guess, ".")}')
+    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
 
 
 def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
@@ -4755,12 +4765,8 @@ def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
         lacked = f"; it lacked {missing}" if missing else ""
         return f"{name} {unit.status} {span(unit.age)} ago without having started{reason}{lacked}{output}"
 
-    tries, by, after, waited = (
-        len(unit.tries) + 1,
-        owner_text(unit.owner, " by ", ""),
-        "at once",
-        bar.started - bar.asked,
-    )
+    tries, by, after = len(unit.tries) + 1, owner_text(unit.owner, " by ", gone=""), "at once"
+    waited = bar.started - bar.asked
     if waited >= 0.05:
         after = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
@@ -4980,7 +4986,7 @@ class Prober:
                 return "" if found else "no such file"
             with connect(probe) as sock:
                 if probe.kind == "unix":
-                    self._peer = who_is_at(sock)[0]
+                    self._peer = peer_credentials(sock)[0]
                 status = http_status(sock, probe) if probe.kind == "http" else 0
             return "" if status < 400 else f"HTTP status {status}"
         except (OSError, ValueError) as error:
@@ -5271,9 +5277,8 @@ class Task:
         """Print a warning."""
         put(f"warning: {self.unit}: {text}\n", 2)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        """Handle the answer to a report."""
-        raise NotImplementedError
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        """Handle an error as the answer to a report."""
 
     # -- life cycle
 
@@ -5409,7 +5414,7 @@ class Task:
 
     def process_ended(self, code: int) -> None:
         """Handle the end of the first process; its exit status is -N for signal N."""
-        self.family.first, self.code = False, code
+        self.family.first_alive, self.code = False, code
         self.probed()  # it may have become ready just before
         if self.state == ENDING:
             self.due = dict.fromkeys(self.due, 0.0)
@@ -5427,19 +5432,19 @@ class Task:
         elif self.state == SETTLED:
             self.due[self.check_left] = 0.0 if self.runs_on else time.monotonic() + CHECK_EVERY
 
-    def end(self, why: str, by: float = NEVER) -> None:
-        """End all processes of the command until the time `by`, at most `grace` seconds from now.
+    def end(self, why: str, deadline: float = NEVER) -> None:
+        """End all processes of the command until the deadline, which is at most `grace` seconds from now.
 
         The first process gets TERM; the others get it when that has ended, or after half of the time, since servers
-        end their workers themselves. KILL follows at the end. A second call can only bring the end nearer.
+        end their workers themselves. KILL follows at the deadline. A second call can only bring it nearer.
         """
         now = time.monotonic()
-        by = min(max(by, now), now + self.grace)
+        deadline = min(max(deadline, now), now + self.grace)
         if self.state == ENDING:
-            self.kill_at = min(self.kill_at, by)
+            self.kill_at = min(self.kill_at, deadline)
             return
-        self.why, self.kill_at = why, by
-        others_at = (now + by) / 2 if self.family.first else now
+        self.why, self.kill_at = why, deadline
+        others_at = (now + deadline) / 2 if self.family.first_alive else now
         self.enter(ENDING, {self.terminate_others: others_at, self.check_left: now})
         self.close_prober(ended=False)
         self.family.scan(self.loop.processes)  # while parents live, by which their children are found
@@ -5463,7 +5468,7 @@ class Task:
             self.due[self.check_left] = now + CHECK_OFTEN
             if now >= self.kill_at:
                 self.family.kill()
-        elif not self.family.first:
+        elif not self.family.first_alive:
             self.due[self.check_left] = now + CHECK_EVERY
             if not self.runs_on:
                 self.runs_on = True
@@ -5499,13 +5504,13 @@ class Task:
         """Return which try is next, and why."""
         return f"try {self.tries + 1} of {self.limits.retries + 1} after {self.why}"
 
-    def stop(self, why: str, by: float = NEVER) -> None:
-        """End the command until the time `by`; there will be no further try."""
+    def stop(self, why: str, deadline: float = NEVER) -> None:
+        """End the command until the deadline; there will be no further try."""
         self.stopped = why
         if self.state in (WAITING, CHECKING):
             self.enter(GONE, {})
         if self.state != GONE:
-            self.end(why, by)
+            self.end(why, deadline)
         elif not self.reported:
             self.fail(why)
 
@@ -5518,7 +5523,7 @@ class Task:
         except Refused as error:
             self.end(str(error))
             return
-        runs_on = self.family.first or self.family.has_group() or self.code != 0
+        runs_on = self.family.first_alive or self.family.has_group() or self.code != 0
         self.settle(COMPLETED, runs_on)
         self.report("complete", env=env, running=runs_on)
 
@@ -5550,6 +5555,17 @@ class Task:
         """Send a report to the agent."""
         self.link.request(method, lambda message: self.answered(method, params, message), unit=self.unit, **params)
 
+    def answered(self, method: str, params: Object, message: Object) -> None:
+        """Handle the answer to a report. If the unit may not complete, end the command, and report a failure."""
+        try:
+            unwrap(message)
+        except SyncError as error:
+            if method == "complete" and not isinstance(error, Unreachable):
+                self.reported = ""
+                self.stop(str(error))
+            else:
+                self.not_reported(method, params, error)
+
 
 # -- the commands -------------------------------------------------------------------------------------------
 @Command(
@@ -5565,7 +5581,7 @@ class Task:
 )
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
-    report = Reporter(args, f"{args.unit}: ", 2)
+    report = Reporter(f"{args.unit}: ", args.quiet, 2)
     if args.ready is not None:
         Probe(args.ready)
     if args.ready_timeout is not None and args.ready is None:
@@ -5634,12 +5650,12 @@ class Run(Task):
         if self.state in (WAITING, CHECKING, GONE):
             self.status = 128 + number
             self.stop(f"stopped between two tries; {self.why}" if self.tries else "stopped")
-        elif self.family.first:
+        elif self.family.first_alive:
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
         else:  # only processes that it has left: end them at once
-            self.end("", by=0.0)
+            self.end("", deadline=0.0)
 
     def notified(self, method: str, params: Answer) -> None:
         """Handle a notification: stop, or go on as a service, since others have completed the unit."""
@@ -5668,14 +5684,11 @@ class Run(Task):
             put(f"error: {self.unit}: {reason}\n", 2)
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "its process", "exited": "its end"}
-        what = params.get("detail") or others.get(method, outcome)
-        try:
-            unwrap(message)
-        except SyncError as error:
-            self.warn(f"{what} may not have been reported: {error}")
+        others = {"owner": "what says that it is ready", "exited": "its end"}
+        if method != "owner" or self.limits.ready:
+            self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
 
 
 @Command(
@@ -5694,7 +5707,7 @@ def cmd_wait(args: Args) -> int:
         Probe(probe)
         if probe == "notify":
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
-    began, report = time.monotonic(), Reporter(args, "")
+    began, report = time.monotonic(), Reporter("", args.quiet)
     if args.units:
         make_client(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
     code = probe_all(args.ready, began, began + (args.timeout or NEVER), args.quiet) if args.ready else 0
@@ -5751,7 +5764,7 @@ def probe_all(probes: list[str], began: float, end: float, quiet: bool) -> int:
 HEADER_LINES = 50  # searched for headers, also below code; more if all of them are comments
 LAST_LINES = 10  # of a unit that has failed, shown in the summary
 LONGEST_LINE = 8192  # an incomplete line that is longer is printed at once
-FULL = 1 << 18  # bytes of pending output above which no script's output is read
+FULL = 1 << 18  # bytes of pending output
 MARKS = ("#", "//", "--", ";")
 # Endings of files that are not run: copies, scripts taken out of use, and what package managers leave.
 NOT_RUN = (".bak", ".orig", ".rej", ".swp", ".old", ".save", ".disabled", ".disable", ".off")
@@ -5945,14 +5958,14 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
             outside = f"; if it comes from outside, add: extern {shlex.quote(name)}"
             guess = unit_of(name) if unit_of(name) in by_name else resembling(name, list(by_name))
-            hint = f"; {left_out[name]}" if name in left_out else meant(guess, outside)
+            hint = f"; {left_out[name]}" if name in left_out else did_you_mean(guess, outside)
             mistakes.append(f'{edge.place}: no file provides "{name}"{hint}')
     implied = [(e.dependency, Edge(script.unit, SUCCESS, e.place)) for script in scripts for e in script.before]
     implied += [(script.unit, edge) for script in scripts for edge in script.after]
     for unit, edge in implied:
         missing = next((name for name in (unit, edge.dependency) if name not in by_name), "")
         if missing:
-            hint = meant(resembling(missing, list(by_name)))
+            hint = did_you_mean(resembling(missing, list(by_name)))
             if hint:
                 warn(f'{edge.place}: no file provides "{missing}"{hint}')
         elif edge.dependency not in [own.dependency for own in by_name[unit].want]:
@@ -6055,13 +6068,14 @@ class Output:
     """Standard output and error, written without blocking, so that a slow reader holds nothing up.
 
     Lines of scripts go to standard output, on a terminal with a status line below them; our own go to standard error.
+    While much output is pending, the streams of scripts are paused; when `may_drop`, lines are dropped instead.
     """
 
-    may_drop = False  # lines of scripts, while much output is pending
-    paused = False  # the output of scripts is not read, since much output is pending
+    may_drop = paused = False
 
     def __init__(self, units: Iterable[str], quiet: bool, log_dir: str = "") -> None:
         self.quiet, self.log_dir = quiet, log_dir  # empty: no logs are written, or no more
+        self.streams: list[Stream] = []
         self.pending = {1: b"", 2: b""}
         self._fds = {fd: opened_again(fd) for fd in self.pending}
         self._width = min(24, max(map(text_width, units), default=1))
@@ -6117,7 +6131,12 @@ class Output:
         self._fds[fd] = fd
 
     def turn(self, loop: Loop, due: float) -> list[int]:
-        """Take a turn of a loop, and write pending output in it."""
+        """Take a turn of a loop: write pending output, and read that of scripts unless they are paused."""
+        pause = self.is_full() and not self.may_drop
+        if pause != self.paused:
+            self.paused = pause
+            for stream in self.streams:
+                stream.watch()
         waiting = {self._fds[fd]: fd for fd, data in self.pending.items() if data}
         for own, fd in waiting.items():
             loop.watch(own, lambda fd=fd: self.write(fd), for_writing=True)  # type: ignore[misc]
@@ -6187,6 +6206,7 @@ class Stream:
         self.decoder = getincrementaldecoder("utf-8")("backslashreplace")
         self.rest = ""  # an incomplete line
         self.last: list[str] = []  # lines, for the summary
+        out.streams.append(self)
 
     def open(self, more: bool) -> int:
         """Make a pipe for the output of a try and return its write end; with `more`, append to the log file."""
@@ -6203,7 +6223,7 @@ class Stream:
         return write
 
     def watch(self) -> None:
-        """Watch the pipe, unless reading is paused."""
+        """Watch the pipe, unless streams are paused."""
         if self.out.paused:
             self.loop.forget(self.fd)
         elif self.fd >= 0:
@@ -6280,7 +6300,7 @@ class Job(Task):
 
     def running(self) -> bool:
         """Return whether the first process runs."""
-        return self.lives() and self.family.first
+        return self.lives() and self.family.first_alive
 
     def ending(self) -> bool:
         """Return whether the command is being ended, or may tidy up after a failure that others have reported."""
@@ -6314,15 +6334,9 @@ class Job(Task):
         self.reason = reason
         super().fail(reason)
 
-    def answered(self, method: str, params: Object, message: Object) -> None:
-        try:
-            unwrap(message)
-        except SyncError as error:
-            if method == "complete" and not self.outcome and not isinstance(error, Unreachable):
-                self.reported = ""
-                self.stop(str(error))
-            elif method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
-                self.set_outcome(self.reported, self.reason)
+    def not_reported(self, method: str, params: Object, error: SyncError) -> None:
+        if method in ("complete", "fail"):  # without an outcome from the agent, the one reported counts
+            self.set_outcome(self.reported, self.reason)
 
     def set_outcome(self, status: str, reason: str) -> None:
         """Set the outcome of the unit, unless it has one."""
@@ -6341,7 +6355,7 @@ class Job(Task):
 
     def exited(self) -> None:
         super().exited()
-        if self.reported == COMPLETED and self.why and not self.stopped:  # else it has ended well, or was to
+        if self.reported == COMPLETED and self.why and not self.stopped:  # else it ended well, or was stopped
             self.died = True
             self.warn(f"ended after its unit had completed ({self.why})")
             self.boot.after_failure("ended")
@@ -6369,20 +6383,20 @@ class Boot:
         self.signal = 0  # the signal that ends the boot
         self.stopping, self.stop_by = "", NEVER  # why everything is to end, and when
         self.started_up = False
-        self.front_may_end = False  # without that everything ends with it
+        self.front_may_end = False  # else everything ends with it
         self.host: Host | None = None  # of our own agent
-        self.retire_at = NEVER  # when to ask again whether another boot needs it
+        self.retire_at = NEVER  # when to ask again whether another boot uses that
         for job in self.jobs.values():
             job.use_directory(directory)
         if not directory:
             self.out.say(f"warning: {NO_DIRECTORY}")
 
-    # -- from the claim to the last end -------------------------------------------------------------------
+    # -- life cycle ---------------------------------------------------------------------------------------
 
     def run(self, channel: Channel, host: Host | None = None) -> int:
         """Boot against an agent, perhaps our own, and look after what runs on; return the exit status.
 
-        Raises Refused, and Unreachable; if no agent has answered, it may be called again, for another one.
+        Raises Refused, Unreachable. Unless `answered`, it may be called again, for another agent.
         """
         self.host = host
         self.env = environment(CODER_AGENT_SOCKET_PATH=channel.path)
@@ -6424,12 +6438,12 @@ class Boot:
         return 128 + self.signal if self.signal else code
 
     def runs(self) -> bool:
-        """Return whether a script runs or prints, or our own agent has still to answer, or another boot needs it."""
+        """Return whether a script runs or prints, or our own agent has still to answer, or another boot uses it."""
         if any(job.lives() for job in self.active.values()) or (self.printing() and not self.stopping):
             return True
-        needed = self.host and not self.stopping and not self.host.agent.retire()
-        self.retire_at = time.monotonic() + 0.2 if needed else NEVER
-        return bool(needed or (self.host and self.link.pending))
+        used = self.host and not self.stopping and not self.host.agent.retire()
+        self.retire_at = time.monotonic() + 0.2 if used else NEVER
+        return bool(used or (self.host and self.link.pending))
 
     def printing(self) -> list[str]:
         """Return the units whose output is still open."""
@@ -6442,7 +6456,7 @@ class Boot:
             family.scan(Processes)
             family.terminate_first()
             family.terminate_others()
-            family.first = False  # nobody takes its exit status any more
+            family.first_alive = False  # nobody takes its exit status any more
         kill_at = time.monotonic() + self.options.grace
         while families and time.monotonic() < kill_at + LAST_WAIT:
             time.sleep(CHECK_OFTEN)
@@ -6463,16 +6477,8 @@ class Boot:
                     waiting = self.unfinished - len(running)
                     self.out.draw_status(f"[{ended}/{len(self.jobs)} ended, {waiting} waiting]", running, now)
                 due = min(due, self.out.status_at)
-            self.pause(self.out.is_full() and not self.out.may_drop)
             for number in self.out.turn(self.loop, due):
                 self.stop_by_signal(number, f"boot got signal {number}")
-
-    def pause(self, paused: bool) -> None:
-        """Stop to read the output of scripts, or go on with it."""
-        if paused != self.out.paused:
-            self.out.paused = paused
-            for job in self.jobs.values():
-                job.stream.watch()
 
     def printed(self) -> bool:
         """Return whether no output is pending; after a signal nobody waits for a reader that has stopped."""
@@ -6585,7 +6591,7 @@ class Boot:
     def after_failure(self, what: str) -> None:
         """With --fail-fast, end everything after a unit has failed, or the command of a completed one has died."""
         if self.options.fail_fast and self.started_up and self.options.command:
-            self.tell_front(1)  # it ends COMMAND first
+            self.tell_front(1)  # the front ends COMMAND first
         elif self.options.fail_fast and not self.stopping:
             self.stop(f"stopped: another unit {what}", self.options.grace)
 
@@ -6705,16 +6711,18 @@ def graph_in(answer: Object) -> Graph:
 class Front:
     """The process that was called. It keeps its caller's terminal, session and descriptors; it becomes or runs COMMAND.
 
-    It passes signals on to the background process, which ends everything and then itself. If something runs on after
-    the startup, the background process sends an exit status of one byte: then the front returns it, waits (--stay), or
-    runs COMMAND if it is 0. A second status ends that. If nothing runs on, the background process ends with the status.
+    It passes signals on to the background process, which ends everything and then itself. When the startup is over,
+    the background process
+    - ends with the exit status if nothing runs on: 0 lets COMMAND take the front's place;
+    - else sends it as one byte: the front returns it, waits (--stay), or runs COMMAND if it is 0;
+    - sends a second one to end that wait, or COMMAND.
     """
 
     def __init__(self, loop: Loop, pid: int, link: int, directory: str, command: list[str], grace: float) -> None:
         self.loop, self.pid, self.link, self.directory = loop, pid, link, directory
         self.command, self.grace = command, grace
-        self.received = b""  # from the background process
-        self.ended: list[int] = []  # its exit status
+        self.received = b""  # exit statuses
+        self.ended: list[int] = []  # the exit status of the background process, once it has ended
         self.signal = 0
         loop.children[pid] = self.background_ended
         loop.watch(link, self.receive)
@@ -6746,7 +6754,7 @@ class Front:
                         signal_to(self.pid, number)
 
     def wait_for_end(self) -> None:
-        """Wait until the background process has ended what runs, for as long as that may take, and a little longer."""
+        """Wait until the background process has ended everything and itself, for as long as that may take."""
         self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
         if not self.ended:
             put("error: boot's background process has not ended; is it stopped?\n", 2)
@@ -6854,9 +6862,10 @@ def slowness() -> str:
 
 
 def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
-    """Return the output of an interpreter, run without the user's settings for Python. Raises Refused if it fails."""
+    """Return the output of an interpreter (default: ours) in a fixed environment. Raises Refused if it fails."""
     import subprocess
 
+    python = python or sys.executable
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     env["PYTHONHASHSEED"] = "0"  # the order of a set is in the bytecode
     try:
@@ -6881,7 +6890,7 @@ def application(python: str) -> bytes:
     call = call.replace(b"python3", shlex.quote(python or "python3").encode(), 1)
     about = f"# coder_sync {__version__}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`)\n"
     data = io.BytesIO((b"#!/bin/sh\n" + about.encode() + call).ljust(PLACE, b"\n"))
-    above, below = (ask_python(python or sys.executable, *COMPILING, data=half) for half in halves(source))
+    above, below = (ask_python(python, *COMPILING, data=half) for half in halves(source))
     members = {
         "__main__.py": launcher.ljust(PLACE, b"\n"),
         "launch.py": b"#:\n" + source.split(b"#:\n")[1] + b"#:\n",
@@ -6926,8 +6935,7 @@ def install(path: str, python: str) -> str:
             os.chown(temporary, model.st_uid, model.st_gid)
             os.chmod(temporary, model.st_mode & 0o755 | (model.st_mode & 0o444) >> 2)  # who may read may execute
             os.fsync(file.fileno())
-        version = ask_python(python or sys.executable, "-IS", temporary, "--version")
-        if version != f"coder_sync {__version__}\n".encode():
+        if ask_python(python, "-IS", temporary, "--version") != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
         os.rename(temporary, path)
     except OSError as error:
@@ -6962,7 +6970,7 @@ def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.Argum
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
     parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
     for argument in arguments:
-        more: dict[str, Any] = {"default": argument.default, "type": argument.read} if argument.takes_value else {}
+        more: dict[str, Any] = {"default": argument.default, "type": argument.convert} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
         parser.add_argument(*argument.names, **{**argument.words, **more})
     return parser
@@ -7002,8 +7010,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, Args]:
             raise SystemExit(0)
         unknown = next((name.partition("=")[0] for name in names if name[:1] == "-"), "")
         if unknown:
-            raise UsageError(f"no such option: {ascii(unknown)[:40]}{meant(resembling(unknown, command.options))}")
-        command.take(args, [*names, *words[end + 1 :]])
+            hint = did_you_mean(resembling(unknown, command.options))
+            raise UsageError(f"no such option: {ascii(unknown)[:40]}{hint}")
+        command.set_positionals(args, [*names, *words[end + 1 :]])
         if args.command is None:
             raise UsageError("a command must follow --")
     except UsageError as error:
@@ -7024,7 +7033,7 @@ def command_named(name: str) -> Command:
     if name == "exp":
         raise UsageError("after exp comes sync, as in `exp sync start UNIT`")
     if name not in COMMANDS:
-        hint = meant(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
+        hint = did_you_mean(resembling(name, COMMANDS), f"; there are {', '.join(COMMANDS)}")
         raise UsageError(f"no such command: {ascii(name)[:60]}{hint}")
     return COMMANDS[name]
 
@@ -7107,7 +7116,10 @@ def cmd_serve(args: Args) -> int:
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
     directory = private_directory() if args.command and not args.socket_path else ""
-    level = 2 * args.verbose or int(not (args.quiet or directory))  # the output of COMMAND matters more
+    if args.command and not (args.socket_path or directory):
+        raise CommandError("cannot make a private socket: no directory is writable; name a --socket-path", 125)
+    level = 0 if args.quiet or directory else 1  # a private agent is as quiet, so that COMMAND is heard
+    level = 2 if args.verbose else level
     host = Host(
         f"{directory}/agent.sock" if directory else os.path.abspath(agent_path(args.socket_path)),
         mode=args.mode or (0o600 if args.group is None else 0o660),
@@ -7185,7 +7197,7 @@ def cmd_boot(args: Args) -> int:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
     if not scripts:
         become(args.command)
-    values = {**vars(args), "command": [*args.command, ""][0]}
+    values = {**vars(args), "command": args.command[0] if args.command else ""}
     options = BootOptions(**{name: values[name] for name in BootOptions._fields})
     loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # until the background process has its own Loop
@@ -7260,7 +7272,7 @@ def cmd_shutdown(args: Args) -> None:
 
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
-    """Print the variables that the dependencies of UNIT have left for it, for `eval`."""
+    """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
     lines = []
     for name, value in make_client(args).env(args.unit).items():
         if not is_variable(name):
@@ -7318,10 +7330,8 @@ def cmd_timeline(args: Args) -> None:
         put(compare_text(before, Startup(graph)))
     elif args.blame:
         put(blame_text(graph, terminal()[0]))
-    elif args.output == "text":
-        put(timeline_text(graph, *terminal()))
     else:
-        put(timeline_as(args.output, graph))
+        put(timeline_as(args.output, graph, *terminal()))
 
 
 @Command("graph pip-install --output mermaid", units_argument("all"), output_option("tree", "dot", "mermaid", "json"))
@@ -7380,11 +7390,6 @@ but notify, and needs no agent.
 """
 
 
-def help_exit_codes() -> str:
-    """Return the help on exit codes."""
-    return (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n"
-
-
 def key_comments(kind: type[Record]) -> dict[str, str]:
     """Return the keys of a record in JSON, each with its comment in the source."""
     import re
@@ -7400,7 +7405,8 @@ def help_json() -> str:
     """Return the help on what is printed as JSON."""
     rows = []
     for key, comment in key_comments(UnitStatus).items():
-        rows.append([key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), comment])
+        marks = "s" + ("l" if key in LIST_KEYS else "") + ("t" if key in TIMELINE_KEYS else "")
+        rows.append([key, marks, comment])
     text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
@@ -7449,7 +7455,7 @@ Error codes:
 TOPICS: dict[str, Callable[[], str]] = {
     "headers": help_headers,
     "probes": help_probes,
-    "exit-codes": help_exit_codes,
+    "exit-codes": lambda: (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n",
     "json": help_json,
     "protocol": help_protocol,
 }
@@ -7514,10 +7520,11 @@ def cmd_completion(args: Args) -> None:
         path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
         put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    found = candidates(args.command)
     if args.shell == "bash":
         line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
         found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
+    else:
+        found = candidates(args.command)
     put("".join(word + "\n" for word in found))
 
 
@@ -7538,6 +7545,8 @@ def bash_candidates(line: str, word: str) -> list[str]:
 def candidates(words: Sequence[str]) -> list[str]:
     """Return what the last word of a command line may become: options, choices, commands, units."""
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    option_name, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
+    before += [option_name] if equals else []
     commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": none yet
     try:
         command = commands.get(command_first([*before, ""])[0])
@@ -7547,12 +7556,12 @@ def candidates(words: Sequence[str]) -> list[str]:
         return []
     option = command.options.get(before[-1]) if before else None
     arguments = [option] if option and option.takes_value else command.positionals
-    found = [*command.options] if words[-1][:1] == "-" else []
+    found = [*command.options] if last[:1] == "-" else []
     found += [choice for argument in arguments for choice in argument.words.get("choices", ())]
     metavars = {argument.words.get("metavar") for argument in arguments}
     found += [*COMMANDS, *TOPICS] if "TOPIC" in metavars else []
     found += known_units(before) if metavars & {"UNIT", "DEP"} else []
-    return [word for word in found if word.startswith(words[-1])]
+    return [option_name + equals + word for word in found if word.startswith(last)]
 
 
 def known_units(words: Sequence[str]) -> list[str]:
