@@ -3217,8 +3217,10 @@ class Connection:
 
     def due(self) -> float:
         """Return when the thread has something to do next, without being woken."""
-        requests = [(claim.deadline, claim.ticket.report_at, claim.ticket.confirm_by) for claim in self.open.values()]
-        return min(self.idle_at(), *map(min, requests)) if requests else self.idle_at()
+        times = [self.idle_at()]
+        for claim in self.open.values():
+            times += claim.deadline, claim.ticket.report_at, claim.ticket.confirm_by
+        return min(times)
 
     def send(self, data: bytes) -> None:
         """Send data. A peer that has gone or does not read gets nothing more, but its requests are done."""
@@ -4296,7 +4298,8 @@ class Bar:
             ("waits for a lock", self.ready, self.started),
             ("runs", self.started, self.ended),
         ]
-        self.phases = [each for each in phases if each[2] > each[1] or (self.has_run and each[0] == "runs")]
+        shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # even if it took no time
+        self.phases = [each for each in phases if each[2] > each[1] or each[0] == shown]
         self.phases += [("another try", time, time) for time in unit.tries]
 
 
@@ -4307,12 +4310,13 @@ class Startup:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
         self.first = min((u.registered or 0.0 for u in known), default=0.0)
         times = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
-        times += [graph.now for u in known if u.status == STARTED or u.is_waiting]
+        goes_on = any(u.status == STARTED or u.is_waiting for u in known) or all(u.ended is None for u in known)
+        times += [graph.now] if known and goes_on else []
         self.last = max([self.first, *times])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        rows = (self.bars[u.unit_name] for u in known)
-        self.rows = sorted(rows, key=lambda bar: (not bar.has_run, bar.started, bar.name))
+        known.sort(key=lambda u: (u.started is None, u.registered if u.started is None else u.started, u.unit_name))
+        self.rows = [self.bars[u.unit_name] for u in known]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
         self.critical, steps = set(names), set(zip(names, names[1:]))
@@ -4353,9 +4357,9 @@ class Startup:
         if not self.path or self.length <= 0:
             return text
         steps = [f"{bar.name} {span(share)}" for bar, share in self.path]
-        shown = " -> ".join(["..."] * (len(steps) > 10) + steps[-10:])
+        steps = ["...", *steps[-10:]] if len(steps) > 10 else steps
         percent = 100 * sum(share for _, share in self.path) / self.length
-        return f"{text}; critical path: {shown} ({percent:.0f}% of it)"
+        return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
@@ -4371,14 +4375,16 @@ def ticks(length: float, most: int) -> list[tuple[float, str]]:
 
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
     """Draw each unit as a row on one axis of time; a star marks the units on the critical path."""
-    glyphs = {phase: both[not unicode] for phase, (both, *_) in PHASES.items()}
+    glyphs = {phase: pair[0] if unicode else pair[1] for phase, (pair, *_) in PHASES.items()}
     startup, dots = Startup(graph), "\u2026" if unicode else "~"
     summary = wrap(startup.summary(), width, dots)
     if not startup.rows:
         return "\n".join(summary) + "\n"
     labels = [bar.name if unicode else ascii(bar.name)[1:-1] for bar in startup.rows]
     label_width = min(max(map(text_width, labels)), max(8, min(width // 3, width - 32)))
-    outcomes = [state_word(bar.unit) for bar in startup.rows]
+    outcomes = []
+    for unit in (bar.unit for bar in startup.rows):
+        outcomes.append(state_word(unit) + ("" if unit.exited is None else f" at {span(unit.exited - startup.first)}"))
     cells = width - label_width - 12 - max(10, *map(len, outcomes))
     scale = cells / (startup.length or 1.0)
     axis = " " * (label_width + 3)
@@ -4461,7 +4467,7 @@ def read_timeline(text: str | bytes, name: str) -> Startup:
 
 
 def compare_text(before: Startup, now: Startup) -> str:
-    """Compare how long units took in two startups: the largest change first, after what did not complete in both."""
+    """Compare how long units took in two startups: the largest change first, after the units that did not complete."""
 
     def change(seconds: float) -> str:
         return "0" if abs(seconds) < 0.0005 else f"{'+' if seconds > 0 else '-'}{span(abs(seconds))}"
@@ -4469,16 +4475,17 @@ def compare_text(before: Startup, now: Startup) -> str:
     def cell(bar: Bar | None) -> str:
         if bar is None:
             return "-"
-        return span(bar.ran) if bar.unit.status == COMPLETED else bar.unit.status
+        took = span(bar.ran) if bar.ran or bar.unit.status == COMPLETED else ""
+        return took if bar.unit.status == COMPLETED else f"{took} {bar.unit.status}".lstrip()
 
-    bars = [{bar.name: bar for bar in startup.rows} for startup in (before, now)]
+    old_bars, new_bars = ({bar.name: bar for bar in startup.rows} for startup in (before, now))
     rows: list[tuple[float, list[str]]] = []
-    for name in sorted({**bars[0], **bars[1]}):
-        old, new = (of_startup.get(name) for of_startup in bars)
-        seconds, text = NEVER, "-"
-        if old and new and old.unit.status == new.unit.status == COMPLETED:
-            seconds = new.ran - old.ran
-            text = change(seconds)
+    for name in sorted({**old_bars, **new_bars}):
+        old, new = old_bars.get(name), new_bars.get(name)
+        seconds = (new.ran if new else 0.0) - (old.ran if old else 0.0)
+        text = "came" if old is None else "went" if new is None else change(seconds)
+        if any(bar and bar.unit.status != COMPLETED for bar in (old, new)):
+            seconds, text = NEVER, "-"
         critical = [word for word, startup in (("before", before), ("now", now)) if name in startup.critical]
         rows.append((-abs(seconds), [name, cell(old), cell(new), text, " and ".join(critical)]))
     text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
@@ -4490,13 +4497,14 @@ def compare_text(before: Startup, now: Startup) -> str:
 STYLE = """
 svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
 .w{fill:#d5d9e0}.l{fill:#e6c35c}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}
-.g{stroke:#888;opacity:.3}.t{fill:#222}.y{opacity:0}.z{fill:#888;opacity:.08}
-.h{font-weight:bold;fill:#b5500f}.m{fill:#777}.c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
+.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{fill:#222}
+.y{opacity:0}.z{fill:#888;opacity:.08}.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
+.c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
 @media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.l{fill:#8a7430}
 .completed{fill:#4fb37a}.failed{fill:#e26060}.t{fill:#ddd}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
 LEGEND = [(phase, phase, STARTED) for phase in PHASES]  # texts, each with the phase and the status that are drawn
-LEGEND += [(status, "runs", status) for status in (COMPLETED, FAILED)]
+LEGEND += [(SKIPPED, "waits", SKIPPED), (COMPLETED, "runs", COMPLETED), (FAILED, "runs", FAILED)]
 LEGEND += [("on the critical path", "runs", COMPLETED + " k")]
 
 
@@ -4510,7 +4518,8 @@ def svg_text(x: float, y: float, text: str, css_class: str = "m", anchor: str = 
 def svg_phase(phase: str, status: str, x: float, y: float, width: float) -> str:
     """Return the rectangle of a phase in SVG; `y` is the top of its row."""
     _, css_class, top, height = PHASES[phase]
-    return f'<rect class="{css_class or status}" x="{x:.1f}" y="{y + top}" width="{width:.1f}" height="{height}"/>'
+    css_class = SKIPPED if (phase, status) == ("waits", SKIPPED) else css_class or status
+    return f'<rect class="{css_class}" x="{x:.1f}" y="{y + top}" width="{width:.1f}" height="{height}"/>'
 
 
 def timeline_svg(graph: Graph) -> str:
@@ -4519,7 +4528,10 @@ def timeline_svg(graph: Graph) -> str:
 
     startup, causes = Startup(graph), obstacles(graph)
     column, height, axis = 7.4, 20, 760.0  # pixels: width of a character, height of a row, length of the axis of time
-    outcomes = [fit(status_and_reason(bar.unit), 60).rstrip() for bar in startup.rows]
+    outcomes = []
+    for unit in (bar.unit for bar in startup.rows):
+        is_over = unit.status in ENDED and not unit.running_on
+        outcomes.append(fit(status_and_reason(unit) if is_over else state_word(unit), 60).rstrip())
     left = 16 + column * min(max((text_width(bar.name) for bar in startup.rows), default=0), 60)
     right, scale = left + axis + 70, axis / (startup.length or 1.0)
     width = max(right + 8 + column * max(map(text_width, outcomes), default=0), 920 + left)
@@ -4527,7 +4539,7 @@ def timeline_svg(graph: Graph) -> str:
     top = 18 * len(summary) + 44
     bottom = top + height * len(startup.rows)
     body = [svg_text(8, 20 + 18 * i, line, "h") for i, line in enumerate(summary)]
-    for tick, label in ticks(startup.length, 10):
+    for tick, label in ticks(startup.length, 10) if startup.rows else ():
         x = left + tick * scale
         body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{bottom}"/>')
         body.append(svg_text(x, top - 14, label, anchor="middle"))
@@ -4536,18 +4548,20 @@ def timeline_svg(graph: Graph) -> str:
         y, status, is_critical = top + height * i, bar.unit.status, bar.name in startup.critical
         starts[bar.name] = left + (bar.started - startup.first) * scale, y
         body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, causes[bar.name]))}</title>")
-        body.append(f'<rect class="{"yz"[i % 2]}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
+        shade = "z" if i % 2 else "y"
+        body.append(f'<rect class="{shade}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
         body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else ""))
         for phase, start, end in bar.phases:
             size = max((end - start) * scale, 2.0)
             x = left + min((start - startup.first) * scale, axis - size)
-            body.append(svg_phase(phase, status + " k" * (is_critical and phase == "runs"), x, y, size))
+            css_class = f"{status} k" if is_critical and phase == "runs" else status
+            body.append(svg_phase(phase, css_class, x, y, size))
         body.append(svg_text(right - 8, y + 14, bar.took, "", "end"))
         body.append(svg_text(right, y + 14, outcome, FAILED if status == FAILED else "m") + "</g>")
     for (before, _), (after, _) in zip(startup.path, startup.path[1:]):
         x, y = starts[after.name]
         body.append(f'<path class="c" d="M{x:.1f} {starts[before.name][1] + 16}V{y + 4}"/>')
-    for i, (text, phase, status) in enumerate(LEGEND):
+    for i, (text, phase, status) in enumerate(LEGEND if startup.rows else ()):
         x, y = 8.0 + 184 * (i % 5), bottom + 12 + height * (i // 5)
         body.append(svg_phase(phase, status, x, y, 2 if phase == "another try" else 24))
         body.append(svg_text(x + 30, y + 14, text))
@@ -4556,11 +4570,11 @@ def timeline_svg(graph: Graph) -> str:
     return "\n".join([head, *body, "</svg>\n"])
 
 
-def timeline_as(form: str, graph: Graph) -> str:
-    """Return the timeline in one of its forms for files."""
+def timeline_as(form: str, graph: Graph, *options: Any) -> str:
+    """Return the timeline in one of its forms; `options` are those of `timeline_text`."""
     if form == "json":
         return json_text(timeline_data(graph))
-    return timeline_svg(graph) if form == "svg" else timeline_text(graph)
+    return timeline_svg(graph) if form == "svg" else timeline_text(graph, *options)
 
 
 # -- the graph ----------------------------------------------------------------------------------------------
@@ -4706,20 +4720,21 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     parts.sort(key=lambda part: -len(part[0]))
     texts = []
     for held, group in parts[:50]:
-        lines = sentences(graph, group, causes)
+        lines = sentences(graph, group, causes, 5 if held else 20)
         for word, is_skipped in (("held up", False), ("skipped", True)):
             listed = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
             lines += [f"    {word}: {some_names(listed)}"] if listed else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    return "\n".join([*sentences(graph, between, causes), "\n\n".join(texts) or nothing]) + "\n"
+    lines = sentences(graph, between, causes, max(8, len(names)))
+    return "\n".join([*lines, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[str, str]]) -> list[str]:
-    """Return a sentence on each of the first 20 units and its obstacles, and how many more units there are."""
+def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[str, str]], most: int) -> list[str]:
+    """Return a sentence on each of the first `most` units and its obstacles, and how many more units there are."""
     lines = []
-    for u in units[:20]:
+    for u in units[:most]:
         if u.status != NOT_REGISTERED:
             lines.append(sentence(u, graph.now, causes[u.unit_name]) + ".")
             continue
@@ -4729,7 +4744,7 @@ def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[
         known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
         guess = resembling(u.unit_name, known.difference(wanted_by))  # its name may be misspelt
         lines.append(f'"{u.unit_name}" is not registered: {why}{did_you_mean(guess, ".")}')
-    return lines + ([f"({len(units) - 20} more like these)"] if len(units) > 20 else [])
+    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
 
 
 def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
@@ -4752,12 +4767,8 @@ def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
         lacked = f"; it lacked {missing}" if missing else ""
         return f"{name} {unit.status} {span(unit.age)} ago without having started{reason}{lacked}{output}"
 
-    tries, by, after, waited = (
-        len(unit.tries) + 1,
-        owner_text(unit.owner, " by ", ""),
-        "at once",
-        bar.started - bar.asked,
-    )
+    tries, by, after = len(unit.tries) + 1, owner_text(unit.owner, " by ", gone=""), "at once"
+    waited = bar.started - bar.asked
     if waited >= 0.05:
         after = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
@@ -7107,7 +7118,10 @@ def cmd_serve(args: Args) -> int:
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
     directory = private_directory() if args.command and not args.socket_path else ""
-    level = 2 * args.verbose or int(not (args.quiet or directory))  # the output of COMMAND matters more
+    if args.command and not (args.socket_path or directory):
+        raise CommandError("cannot make a private socket: no directory is writable; name a --socket-path", 125)
+    level = 0 if args.quiet or directory else 1  # a private agent is as quiet, so that COMMAND is heard
+    level = 2 if args.verbose else level
     host = Host(
         f"{directory}/agent.sock" if directory else os.path.abspath(agent_path(args.socket_path)),
         mode=args.mode or (0o600 if args.group is None else 0o660),
@@ -7185,7 +7199,7 @@ def cmd_boot(args: Args) -> int:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
     if not scripts:
         become(args.command)
-    values = {**vars(args), "command": [*args.command, ""][0]}
+    values = {**vars(args), "command": args.command[0] if args.command else ""}
     options = BootOptions(**{name: values[name] for name in BootOptions._fields})
     loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # until the background process has its own Loop
@@ -7260,7 +7274,7 @@ def cmd_shutdown(args: Args) -> None:
 
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
-    """Print the variables that the dependencies of UNIT have left for it, for `eval`."""
+    """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
     lines = []
     for name, value in make_client(args).env(args.unit).items():
         if not is_variable(name):
@@ -7318,10 +7332,8 @@ def cmd_timeline(args: Args) -> None:
         put(compare_text(before, Startup(graph)))
     elif args.blame:
         put(blame_text(graph, terminal()[0]))
-    elif args.output == "text":
-        put(timeline_text(graph, *terminal()))
     else:
-        put(timeline_as(args.output, graph))
+        put(timeline_as(args.output, graph, *terminal()))
 
 
 @Command("graph pip-install --output mermaid", units_argument("all"), output_option("tree", "dot", "mermaid", "json"))
@@ -7400,7 +7412,8 @@ def help_json() -> str:
     """Return the help on what is printed as JSON."""
     rows = []
     for key, comment in key_comments(UnitStatus).items():
-        rows.append([key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), comment])
+        marks = "s" + ("l" if key in LIST_KEYS else "") + ("t" if key in TIMELINE_KEYS else "")
+        rows.append([key, marks, comment])
     text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
@@ -7539,6 +7552,8 @@ def bash_candidates(line: str, word: str) -> list[str]:
 def candidates(words: Sequence[str]) -> list[str]:
     """Return what the last word of a command line may become: options, choices, commands, units."""
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    option_name, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
+    before += [option_name] if equals else []
     commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": none yet
     try:
         command = commands.get(command_first([*before, ""])[0])
@@ -7548,12 +7563,12 @@ def candidates(words: Sequence[str]) -> list[str]:
         return []
     option = command.options.get(before[-1]) if before else None
     arguments = [option] if option and option.takes_value else command.positionals
-    found = [*command.options] if words[-1][:1] == "-" else []
+    found = [*command.options] if last[:1] == "-" else []
     found += [choice for argument in arguments for choice in argument.words.get("choices", ())]
     metavars = {argument.words.get("metavar") for argument in arguments}
     found += [*COMMANDS, *TOPICS] if "TOPIC" in metavars else []
     found += known_units(before) if metavars & {"UNIT", "DEP"} else []
-    return [word for word in found if word.startswith(words[-1])]
+    return [option_name + equals + word for word in found if word.startswith(last)]
 
 
 def known_units(words: Sequence[str]) -> list[str]:
