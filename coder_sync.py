@@ -194,7 +194,7 @@ __all__ = [
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
 SELF: Any = globals().get("SELF")  # this file, open while `launch` has loaded only what is above the cut
-FILE: str = getattr(globals()["__loader__"], "archive", __file__)
+FILE: str = getattr(globals().get("__loader__"), "archive", __file__)
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
 START_TIMEOUT = 300.0  # seconds; the default of `coder exp sync`
