@@ -4660,9 +4660,7 @@ def graph_mermaid(graph: Graph) -> str:
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """Return the graph for JSON."""
-    edges = [
-        {"unit_name": u.unit_name, "depends_on": d, "requirement": r} for u in graph.nodes for d, r in u.wants.items()
-    ]
+    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r, _ in Startup(graph).edges]
     return {"units": plain_units(graph.nodes, ("unit_name", "status", "reason", "running_on")), "edges": edges}
 
 
@@ -6864,9 +6862,10 @@ def slowness() -> str:
 
 
 def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
-    """Return the output of an interpreter, run without the user's settings for Python. Raises Refused if it fails."""
+    """Return the output of an interpreter (default: ours) in a fixed environment. Raises Refused if it fails."""
     import subprocess
 
+    python = python or sys.executable
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     env["PYTHONHASHSEED"] = "0"  # the order of a set is in the bytecode
     try:
@@ -6891,7 +6890,7 @@ def application(python: str) -> bytes:
     call = call.replace(b"python3", shlex.quote(python or "python3").encode(), 1)
     about = f"# coder_sync {__version__}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`)\n"
     data = io.BytesIO((b"#!/bin/sh\n" + about.encode() + call).ljust(PLACE, b"\n"))
-    above, below = (ask_python(python or sys.executable, *COMPILING, data=half) for half in halves(source))
+    above, below = (ask_python(python, *COMPILING, data=half) for half in halves(source))
     members = {
         "__main__.py": launcher.ljust(PLACE, b"\n"),
         "launch.py": b"#:\n" + source.split(b"#:\n")[1] + b"#:\n",
@@ -6936,8 +6935,7 @@ def install(path: str, python: str) -> str:
             os.chown(temporary, model.st_uid, model.st_gid)
             os.chmod(temporary, model.st_mode & 0o755 | (model.st_mode & 0o444) >> 2)  # who may read may execute
             os.fsync(file.fileno())
-        version = ask_python(python or sys.executable, "-IS", temporary, "--version")
-        if version != f"coder_sync {__version__}\n".encode():
+        if ask_python(python, "-IS", temporary, "--version") != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
         os.rename(temporary, path)
     except OSError as error:
@@ -7392,11 +7390,6 @@ but notify, and needs no agent.
 """
 
 
-def help_exit_codes() -> str:
-    """Return the help on exit codes."""
-    return (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n"
-
-
 def key_comments(kind: type[Record]) -> dict[str, str]:
     """Return the keys of a record in JSON, each with its comment in the source."""
     import re
@@ -7462,7 +7455,7 @@ Error codes:
 TOPICS: dict[str, Callable[[], str]] = {
     "headers": help_headers,
     "probes": help_probes,
-    "exit-codes": help_exit_codes,
+    "exit-codes": lambda: (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n",
     "json": help_json,
     "protocol": help_protocol,
 }
