@@ -4530,8 +4530,8 @@ def timeline_svg(graph: Graph) -> str:
     column, height, axis = 7.4, 20, 760.0  # pixels: width of a character, height of a row, length of the axis of time
     outcomes = []
     for unit in (bar.unit for bar in startup.rows):
-        is_over = unit.status in ENDED and not unit.running_on
-        outcomes.append(fit(status_and_reason(unit) if is_over else state_word(unit), 60).rstrip())
+        has_ended = unit.status in ENDED and not unit.running_on
+        outcomes.append(fit(status_and_reason(unit) if has_ended else state_word(unit), 60).rstrip())
     left = 16 + column * min(max((text_width(bar.name) for bar in startup.rows), default=0), 60)
     right, scale = left + axis + 70, axis / (startup.length or 1.0)
     width = max(right + 8 + column * max(map(text_width, outcomes), default=0), 920 + left)
@@ -4680,7 +4680,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
             unmet = [d for d, r in u.wants.items() if statuses[d] not in MEETS[r]]
         words = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in unmet}
         if u.is_waiting and not unmet:
-            words = {u: f'lock {lock}, which "{u}" has' for lock, u in u.blocked_by.items() if u in statuses}
+            words = {who: f'lock {lock}, which "{who}" has' for lock, who in u.blocked_by.items() if who in statuses}
         causes[u.unit_name] = words
     return causes
 
@@ -6966,9 +6966,9 @@ def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.Argum
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not wrap the example
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
-    parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
+    parser = Parser(PROGRAM, usage, command.help, example, add_help=False, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # it does not wrap the example
     for argument in arguments:
         more: dict[str, Any] = {"default": argument.default, "type": argument.convert} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
@@ -7547,7 +7547,7 @@ def candidates(words: Sequence[str]) -> list[str]:
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     option_name, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
     before += [option_name] if equals else []
-    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": none yet
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": no command yet
     try:
         command = commands.get(command_first([*before, ""])[0])
     except UsageError:
