@@ -138,7 +138,8 @@ def launch():  # type: () -> None
     if posix.getpid() == 1:
         exit_on_signals()
     gc.disable()  # until all is loaded, since that stays
-    del sys.argv[: sys.argv[0] == "-c"]
+    if sys.argv[0] == "-c":
+        del sys.argv[0]
     globals()["__file__"] = sys.argv[0]
     try:
         for part in code_in(SELF, False):  # the file that the first lines have opened
@@ -193,7 +194,7 @@ __all__ = [
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
 SELF: Any = globals().get("SELF")  # this file, open while `launch` has loaded only what is above the cut
-FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
+FILE: str = getattr(globals().get("__loader__"), "archive", __file__)
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
 START_TIMEOUT = 300.0  # seconds; the default of `coder exp sync`
@@ -326,7 +327,6 @@ REQUIREMENTS: tuple[str, ...] = (SUCCESS, COMPLETION, START)
 
 MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
-
 
 RECORDS: dict[str, type[Record]] = {}  # name -> class
 
@@ -467,7 +467,7 @@ class _Scanner:
 
 
 def _codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
-    """Return (loads, dumps): the C halves of the json package without the package, which imports re and enum."""
+    """Return (loads, dumps), from the C part of the json package, without the package, which imports re and enum."""
     try:
         import _json
 
@@ -541,7 +541,7 @@ def plain(value: Any) -> Any:
 
 
 def record(kind: type[R], data: Any) -> R:
-    """Return a record from JSON; keys of a newer agent are ignored. Raises Unreachable."""
+    """Return a record from JSON; unknown keys, of a newer agent, are ignored. Raises Unreachable."""
     try:
         fields = kind.__annotations__
         return kind(**{name: typed(data[name], fields[name]) for name in fields if name in data})
@@ -4530,8 +4530,8 @@ def timeline_svg(graph: Graph) -> str:
     column, height, axis = 7.4, 20, 760.0  # pixels: width of a character, height of a row, length of the axis of time
     outcomes = []
     for unit in (bar.unit for bar in startup.rows):
-        is_over = unit.status in ENDED and not unit.running_on
-        outcomes.append(fit(status_and_reason(unit) if is_over else state_word(unit), 60).rstrip())
+        has_ended = unit.status in ENDED and not unit.running_on
+        outcomes.append(fit(status_and_reason(unit) if has_ended else state_word(unit), 60).rstrip())
     left = 16 + column * min(max((text_width(bar.name) for bar in startup.rows), default=0), 60)
     right, scale = left + axis + 70, axis / (startup.length or 1.0)
     width = max(right + 8 + column * max(map(text_width, outcomes), default=0), 920 + left)
@@ -4680,7 +4680,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
             unmet = [d for d, r in u.wants.items() if statuses[d] not in MEETS[r]]
         words = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in unmet}
         if u.is_waiting and not unmet:
-            words = {u: f'lock {lock}, which "{u}" has' for lock, u in u.blocked_by.items() if u in statuses}
+            words = {who: f'lock {lock}, which "{who}" has' for lock, who in u.blocked_by.items() if who in statuses}
         causes[u.unit_name] = words
     return causes
 
@@ -6966,9 +6966,9 @@ def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.Argum
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not wrap the example
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
-    parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
+    parser = Parser(PROGRAM, usage, command.help, example, add_help=False, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # it does not wrap the example
     for argument in arguments:
         more: dict[str, Any] = {"default": argument.default, "type": argument.convert} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
@@ -7547,7 +7547,7 @@ def candidates(words: Sequence[str]) -> list[str]:
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     option_name, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
     before += [option_name] if equals else []
-    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": none yet
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": no command yet
     try:
         command = commands.get(command_first([*before, ""])[0])
     except UsageError:
