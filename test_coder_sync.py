@@ -2674,7 +2674,7 @@ a: started
 a: completed
 refused: unit "a" is completed .*
 b: failed: no disk
-shutdown was called by .+ \(pid \d+\)
+shutdown was called by .+ \(pid PARENT\)
 stopping: got SIGTERM
 """
 
@@ -2695,7 +2695,7 @@ def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, optio
     if option == "--verbose":
         assert all(part in text for part in ("request: start {", "b: registered", "b: wants: a", "a: started"))
     else:
-        assert re.fullmatch(LOGGED if option == "" else "", text)
+        assert re.fullmatch(LOGGED.replace("PARENT", str(os.getppid())) if option == "" else "", text)
 
 
 def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
@@ -2899,10 +2899,6 @@ def test_a_lock_of_another_user_is_named_as_such(call: Call, world: World) -> No
     assert held.startswith(f"error: an agent (of user nobody) is serving {world.path} already; ")
     assert call(world, "serve").stderr.startswith(f"error: {lock} (of user nobody) is not ours; ")
     assert lock.read_text() == "1 but not the truth"
-    lock.unlink()
-    os.mkfifo(lock)
-    os.chown(lock, 65534, -1)
-    assert call(world, "serve").stderr.startswith(f"error: {lock} (of user nobody) is not a regular file; ")
 
 
 def test_the_socket_and_its_directories_have_the_permissions_asked_for(world: World) -> None:
@@ -3191,6 +3187,7 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
         os.kill(pid, signal.SIGKILL)
         until(lambda process=process, pid=pid: not alive(pid) and process_state(process.pid) == "S")
         process.send_signal(number)
+    for number, process, _ in runs:
         assert process.wait(5) == 128 + number, number
 
 
@@ -3828,7 +3825,7 @@ def test_an_agent_that_does_not_end_when_told_to_is_named(world: World) -> None:
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"))
     processes = waiting(world)
-    for _ in range(5):  # until it has been silent for longer than REPLY_TIMEOUT, as is normal
+    for _ in range(3):  # until it has been silent for longer than REPLY_TIMEOUT, as is normal
         assert "waiting after" in line_of(processes[0].stdout)
     assert [process.poll() for process in processes] == [None] * len(processes)
     agent.send_signal(signal.SIGSTOP)
@@ -3861,8 +3858,8 @@ def test_a_client_that_waits_ends_at_a_signal(agent: World, under: list[str]) ->
         for process in waiting(agent, under):
             os.kill([*children_of(process.pid), process.pid][0], number)
             done = finish(process)
-            assert done.returncode % 256 == (128 + number if under or number == signal.SIGINT else -number % 256)
-            assert done.stderr == "" or not under
+            expected = 128 + number if under or number == signal.SIGINT else -number
+            assert (done.returncode, done.stderr) == (expected, "")
     served(agent)
 
 
@@ -3972,6 +3969,7 @@ def test_run_of_a_command_that_fails_fails_the_unit_and_skips_what_requires_it(a
     done = finish(agent.spawn(altered("coder_sync.LONGEST_DELAY = 0.15", *words)))
     tries = [f"a: try {n} of 3 after exit code 100, in {delay}s\n" for n, delay in ((2, 0.1), (3, 0.15))]
     assert (done.returncode, done.stderr) == (100, "".join(tries))
+    assert kinds_of(agent, "a")[-4:] == ["started", "retry", "retry", "failed"]
     done = finish(waiting)
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr.endswith('error: unit "b" skipped: dependency "a" failed (exit code 100)\n')
