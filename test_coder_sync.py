@@ -6888,6 +6888,14 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
 
 
+def test_after_the_startup_lines_that_nobody_takes_are_dropped() -> None:
+    out = coder_sync.Output(["a"], quiet=False)
+    out.may_drop = True
+    for _ in range(1000):
+        out.lines("a", ["x" * 1000])
+    assert len(out.pending[1]) < coder_sync.FULL + 2000
+
+
 def test_the_prefix_is_as_wide_as_the_longest_name_and_never_red() -> None:
     for names, width in ((["a"], 1), (["a", "abc"], 3), (["a", *(f"{i}" + "n" * 60 for i in range(50))], 24)):
         out = coder_sync.Output(names, quiet=False)
