@@ -141,8 +141,8 @@ def launch():  # type: () -> None
     del sys.argv[: sys.argv[0] == "-c"]
     globals()["__file__"] = sys.argv[0]
     try:
-        for code in code_in(SELF, False):  # the file that the first lines have opened
-            exec(code, globals())
+        for part in code_in(SELF, False):  # the file that the first lines have opened
+            exec(part, globals())
     except KeyboardInterrupt:
         posix._exit(130)
 
@@ -944,8 +944,8 @@ class BaseClient:
     def __init__(self, socket_path: str = "", connect_timeout: float | None = None) -> None:
         """Use `socket_path`, else $CODER_AGENT_SOCKET_PATH, else /tmp/coder-agent.sock.
 
-        Each call opens a connection, and tries to for `connect_timeout` seconds. The default is
-        $CODER_SYNC_CONNECT_TIMEOUT, else 3 seconds for calls that coordinate, and one try for questions.
+        Each call tries to connect for `connect_timeout` seconds. The default is $CODER_SYNC_CONNECT_TIMEOUT, else 3
+        seconds for calls that coordinate, and one try for questions.
         """
         self.socket_path = agent_path(socket_path)
         text = getenv("CODER_SYNC_CONNECT_TIMEOUT")
@@ -1200,15 +1200,15 @@ COMMANDS: dict[str, Command] = {}
 class Reporter:
     """Prints the missing dependencies during a wait; `waited` is whether there has been one."""
 
-    def __init__(self, args: Args, prefix: str, fd: int = 1) -> None:
-        self.args, self.prefix, self.fd, self.waited = args, prefix, fd, False
+    def __init__(self, prefix: str, quiet: bool, fd: int = 1) -> None:
+        self.prefix, self.quiet, self.fd, self.waited = prefix, quiet, fd, False
 
     def __call__(self, missing: list[Dependency], waited: float) -> None:
         how = f"still waiting after {span(waited)}" if self.waited else "waiting"
         self.waited = True
         more = f"; and {len(missing) - 20} more" if len(missing) > 20 else ""
         text = f"{self.prefix}{how} for " + "; ".join(dependency_text(d) for d in missing[:20]) + more
-        say(text, self.fd, self.args.quiet)
+        say(text, self.fd, self.quiet)
 
     def started(self, started: Started) -> str:
         """Return the line about a start."""
@@ -1249,7 +1249,7 @@ def cmd_want(args: Args) -> None:
 )
 def cmd_start(args: Args) -> None:
     """Wait until UNIT may run, and mark it started."""
-    report = Reporter(args, f"{args.unit}: ")
+    report = Reporter(f"{args.unit}: ", args.quiet)
     start = start_unit(args, report, pid=args.pid)
     say(f"{args.unit}: {report.started(start.result)}", quiet=args.quiet)
     start.confirm()  # last: if this process is killed before, the next claim on the unit is granted
@@ -1372,19 +1372,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     posix._exit(code)
 
 
-if __name__ == "__main__" and quick(sys.argv[1:]):
+if __name__ == "__main__" and quick(sys.argv[1:]):  # a plain call needs nothing from below
     main()
 if SELF:  # by `launch`
     rest, SELF = code_in(SELF, True), None
-    for code in rest:
-        exec(code, globals())
+    for part in rest:
+        exec(part, globals())
 elif launch.__code__.co_filename == INSTALLED:  # imported from a copy
     exec(globals()["__loader__"].get_code("below"), globals())
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Client. The rest of the Python API, on which the command line is built; the records that it returns; suggestions for
-# names.
+# Client. The rest of the Python API, on which the command line is built; the records that it returns; did you mean?
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1480,7 +1479,7 @@ class Client(BaseClient):
         return time.monotonic() - began
 
     def reset(self, *units: str) -> list[str]:
-        """Make units that have ended pending again, and those skipped because of them; all if none is named.
+        """Make ended units pending again, and units that they caused to be skipped; all units if none is named.
 
         Return their names. Raises NotRegistered, or Refused while one of them is started.
         """
@@ -1492,7 +1491,7 @@ class Client(BaseClient):
             return channel.as_answer(channel.call("env", unit=unit)).env
 
     def stop(self, *units: str, grace: float = GRACE) -> list[str]:
-        """End the commands of units and of their dependents, these first; of all units if none is named.
+        """End the commands of units and of their dependents, dependents first; of all units if none is named.
 
         Return the names of the units when their commands have ended; those that ignore TERM are killed after `grace`
         seconds. Raises NotRegistered, or Refused if a command still runs.
@@ -1503,7 +1502,7 @@ class Client(BaseClient):
         return answer.stopped
 
     def halt(self, *units: str, grace: float = GRACE) -> Answer:
-        """Do the same as `stop`, but return units that were `stopped`, are `left`, and `cannot` be stopped."""
+        """Do the same as `stop`, but return the units that are `stopped`, are `left`, or `cannot` be stopped."""
         with self._channel("stop") as channel:
             request = channel.request("stop", units=list(units), grace=grace)
             return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
@@ -1562,7 +1561,7 @@ class Client(BaseClient):
         """Return a context manager that starts `unit`, and completes it at the end of the block.
 
         If the block raises, the unit fails, with the exception as the reason; also if the process ends. sys.exit() and
-        sys.exit(0) complete it. To enter the block raises the same exceptions as `start`.
+        sys.exit(0) complete it. Entering the block raises the same exceptions as `start`.
         """
         return Block(self, unit, timeout, hold=True, dependencies=want, requires=requires, locks=locks)
 
@@ -3218,8 +3217,10 @@ class Connection:
 
     def due(self) -> float:
         """Return when the thread has something to do next, without being woken."""
-        requests = [(claim.deadline, claim.ticket.report_at, claim.ticket.confirm_by) for claim in self.open.values()]
-        return min(self.idle_at(), *map(min, requests)) if requests else self.idle_at()
+        times = [self.idle_at()]
+        for claim in self.open.values():
+            times += claim.deadline, claim.ticket.report_at, claim.ticket.confirm_by
+        return min(times)
 
     def send(self, data: bytes) -> None:
         """Send data. A peer that has gone or does not read gets nothing more, but its requests are done."""
@@ -4297,7 +4298,8 @@ class Bar:
             ("waits for a lock", self.ready, self.started),
             ("runs", self.started, self.ended),
         ]
-        self.phases = [each for each in phases if each[2] > each[1] or (self.has_run and each[0] == "runs")]
+        shown = "runs" if self.has_run else "waits" if unit.waiting is not None else ""  # even if it took no time
+        self.phases = [each for each in phases if each[2] > each[1] or each[0] == shown]
         self.phases += [("another try", time, time) for time in unit.tries]
 
 
@@ -4308,12 +4310,13 @@ class Startup:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
         self.first = min((u.registered or 0.0 for u in known), default=0.0)
         times = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
-        times += [graph.now for u in known if u.status == STARTED or u.is_waiting]
+        goes_on = any(u.status == STARTED or u.is_waiting for u in known) or all(u.ended is None for u in known)
+        times += [graph.now] if known and goes_on else []
         self.last = max([self.first, *times])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        rows = (self.bars[u.unit_name] for u in known)
-        self.rows = sorted(rows, key=lambda bar: (not bar.has_run, bar.started, bar.name))
+        known.sort(key=lambda u: (u.started is None, u.registered if u.started is None else u.started, u.unit_name))
+        self.rows = [self.bars[u.unit_name] for u in known]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
         self.critical, steps = set(names), set(zip(names, names[1:]))
@@ -4354,9 +4357,9 @@ class Startup:
         if not self.path or self.length <= 0:
             return text
         steps = [f"{bar.name} {span(share)}" for bar, share in self.path]
-        shown = " -> ".join(["..."] * (len(steps) > 10) + steps[-10:])
+        steps = ["...", *steps[-10:]] if len(steps) > 10 else steps
         percent = 100 * sum(share for _, share in self.path) / self.length
-        return f"{text}; critical path: {shown} ({percent:.0f}% of it)"
+        return f"{text}; critical path: {' -> '.join(steps)} ({percent:.0f}% of it)"
 
 
 # -- the timeline -------------------------------------------------------------------------------------------
@@ -4372,14 +4375,16 @@ def ticks(length: float, most: int) -> list[tuple[float, str]]:
 
 def timeline_text(graph: Graph, width: int = 100, colour: bool = False, unicode: bool = True) -> str:
     """Draw each unit as a row on one axis of time; a star marks the units on the critical path."""
-    glyphs = {phase: both[not unicode] for phase, (both, *_) in PHASES.items()}
+    glyphs = {phase: pair[0] if unicode else pair[1] for phase, (pair, *_) in PHASES.items()}
     startup, dots = Startup(graph), "\u2026" if unicode else "~"
     summary = wrap(startup.summary(), width, dots)
     if not startup.rows:
         return "\n".join(summary) + "\n"
     labels = [bar.name if unicode else ascii(bar.name)[1:-1] for bar in startup.rows]
     label_width = min(max(map(text_width, labels)), max(8, min(width // 3, width - 32)))
-    outcomes = [state_word(bar.unit) for bar in startup.rows]
+    outcomes = []
+    for unit in (bar.unit for bar in startup.rows):
+        outcomes.append(state_word(unit) + ("" if unit.exited is None else f" at {span(unit.exited - startup.first)}"))
     cells = width - label_width - 12 - max(10, *map(len, outcomes))
     scale = cells / (startup.length or 1.0)
     axis = " " * (label_width + 3)
@@ -4462,7 +4467,7 @@ def read_timeline(text: str | bytes, name: str) -> Startup:
 
 
 def compare_text(before: Startup, now: Startup) -> str:
-    """Compare how long units took in two startups: the largest change first, after what did not complete in both."""
+    """Compare how long units took in two startups: the largest change first, after the units that did not complete."""
 
     def change(seconds: float) -> str:
         return "0" if abs(seconds) < 0.0005 else f"{'+' if seconds > 0 else '-'}{span(abs(seconds))}"
@@ -4470,16 +4475,17 @@ def compare_text(before: Startup, now: Startup) -> str:
     def cell(bar: Bar | None) -> str:
         if bar is None:
             return "-"
-        return span(bar.ran) if bar.unit.status == COMPLETED else bar.unit.status
+        took = span(bar.ran) if bar.ran or bar.unit.status == COMPLETED else ""
+        return took if bar.unit.status == COMPLETED else f"{took} {bar.unit.status}".lstrip()
 
-    bars = [{bar.name: bar for bar in startup.rows} for startup in (before, now)]
+    old_bars, new_bars = ({bar.name: bar for bar in startup.rows} for startup in (before, now))
     rows: list[tuple[float, list[str]]] = []
-    for name in sorted({**bars[0], **bars[1]}):
-        old, new = (of_startup.get(name) for of_startup in bars)
-        seconds, text = NEVER, "-"
-        if old and new and old.unit.status == new.unit.status == COMPLETED:
-            seconds = new.ran - old.ran
-            text = change(seconds)
+    for name in sorted({**old_bars, **new_bars}):
+        old, new = old_bars.get(name), new_bars.get(name)
+        seconds = (new.ran if new else 0.0) - (old.ran if old else 0.0)
+        text = "came" if old is None else "went" if new is None else change(seconds)
+        if any(bar and bar.unit.status != COMPLETED for bar in (old, new)):
+            seconds, text = NEVER, "-"
         critical = [word for word, startup in (("before", before), ("now", now)) if name in startup.critical]
         rows.append((-abs(seconds), [name, cell(old), cell(new), text, " and ".join(critical)]))
     text = table(["UNIT", "BEFORE", "NOW", "CHANGE", "CRITICAL PATH"], [row for _, row in sorted(rows)])
@@ -4491,13 +4497,14 @@ def compare_text(before: Startup, now: Startup) -> str:
 STYLE = """
 svg{font:12px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#fff;fill:#222}
 .w{fill:#d5d9e0}.l{fill:#e6c35c}.completed{fill:#3a8f5c}.failed{fill:#cc3b3b}.started{fill:#3f7fc4}
-.g{stroke:#888;opacity:.3}.t{fill:#222}.y{opacity:0}.z{fill:#888;opacity:.08}
-.h{font-weight:bold;fill:#b5500f}.m{fill:#777}.c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
+.skipped{fill:none;stroke:#999;stroke-dasharray:3 2}.g{stroke:#888;opacity:.3}.t{fill:#222}
+.y{opacity:0}.z{fill:#888;opacity:.08}.h{font-weight:bold;fill:#b5500f}.m{fill:#777}
+.c{fill:none}.c,.k{stroke:#d2641e;stroke-width:2}
 @media(prefers-color-scheme:dark){svg{background:#16181d;fill:#ddd}.w{fill:#3a404b}.l{fill:#8a7430}
 .completed{fill:#4fb37a}.failed{fill:#e26060}.t{fill:#ddd}.h{fill:#ff9a56}.c,.k{stroke:#ff8a3d}.m{fill:#999}}
 """
 LEGEND = [(phase, phase, STARTED) for phase in PHASES]  # texts, each with the phase and the status that are drawn
-LEGEND += [(status, "runs", status) for status in (COMPLETED, FAILED)]
+LEGEND += [(SKIPPED, "waits", SKIPPED), (COMPLETED, "runs", COMPLETED), (FAILED, "runs", FAILED)]
 LEGEND += [("on the critical path", "runs", COMPLETED + " k")]
 
 
@@ -4511,7 +4518,8 @@ def svg_text(x: float, y: float, text: str, css_class: str = "m", anchor: str = 
 def svg_phase(phase: str, status: str, x: float, y: float, width: float) -> str:
     """Return the rectangle of a phase in SVG; `y` is the top of its row."""
     _, css_class, top, height = PHASES[phase]
-    return f'<rect class="{css_class or status}" x="{x:.1f}" y="{y + top}" width="{width:.1f}" height="{height}"/>'
+    css_class = SKIPPED if (phase, status) == ("waits", SKIPPED) else css_class or status
+    return f'<rect class="{css_class}" x="{x:.1f}" y="{y + top}" width="{width:.1f}" height="{height}"/>'
 
 
 def timeline_svg(graph: Graph) -> str:
@@ -4520,7 +4528,10 @@ def timeline_svg(graph: Graph) -> str:
 
     startup, causes = Startup(graph), obstacles(graph)
     column, height, axis = 7.4, 20, 760.0  # pixels: width of a character, height of a row, length of the axis of time
-    outcomes = [fit(status_and_reason(bar.unit), 60).rstrip() for bar in startup.rows]
+    outcomes = []
+    for unit in (bar.unit for bar in startup.rows):
+        has_ended = unit.status in ENDED and not unit.running_on
+        outcomes.append(fit(status_and_reason(unit) if has_ended else state_word(unit), 60).rstrip())
     left = 16 + column * min(max((text_width(bar.name) for bar in startup.rows), default=0), 60)
     right, scale = left + axis + 70, axis / (startup.length or 1.0)
     width = max(right + 8 + column * max(map(text_width, outcomes), default=0), 920 + left)
@@ -4528,7 +4539,7 @@ def timeline_svg(graph: Graph) -> str:
     top = 18 * len(summary) + 44
     bottom = top + height * len(startup.rows)
     body = [svg_text(8, 20 + 18 * i, line, "h") for i, line in enumerate(summary)]
-    for tick, label in ticks(startup.length, 10):
+    for tick, label in ticks(startup.length, 10) if startup.rows else ():
         x = left + tick * scale
         body.append(f'<path class="g" d="M{x:.1f} {top - 8}V{bottom}"/>')
         body.append(svg_text(x, top - 14, label, anchor="middle"))
@@ -4537,18 +4548,20 @@ def timeline_svg(graph: Graph) -> str:
         y, status, is_critical = top + height * i, bar.unit.status, bar.name in startup.critical
         starts[bar.name] = left + (bar.started - startup.first) * scale, y
         body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, causes[bar.name]))}</title>")
-        body.append(f'<rect class="{"yz"[i % 2]}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
+        shade = "z" if i % 2 else "y"
+        body.append(f'<rect class="{shade}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
         body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else ""))
         for phase, start, end in bar.phases:
             size = max((end - start) * scale, 2.0)
             x = left + min((start - startup.first) * scale, axis - size)
-            body.append(svg_phase(phase, status + " k" * (is_critical and phase == "runs"), x, y, size))
+            css_class = f"{status} k" if is_critical and phase == "runs" else status
+            body.append(svg_phase(phase, css_class, x, y, size))
         body.append(svg_text(right - 8, y + 14, bar.took, "", "end"))
         body.append(svg_text(right, y + 14, outcome, FAILED if status == FAILED else "m") + "</g>")
     for (before, _), (after, _) in zip(startup.path, startup.path[1:]):
         x, y = starts[after.name]
         body.append(f'<path class="c" d="M{x:.1f} {starts[before.name][1] + 16}V{y + 4}"/>')
-    for i, (text, phase, status) in enumerate(LEGEND):
+    for i, (text, phase, status) in enumerate(LEGEND if startup.rows else ()):
         x, y = 8.0 + 184 * (i % 5), bottom + 12 + height * (i // 5)
         body.append(svg_phase(phase, status, x, y, 2 if phase == "another try" else 24))
         body.append(svg_text(x + 30, y + 14, text))
@@ -4557,11 +4570,11 @@ def timeline_svg(graph: Graph) -> str:
     return "\n".join([head, *body, "</svg>\n"])
 
 
-def timeline_as(form: str, graph: Graph) -> str:
-    """Return the timeline in one of its forms for files."""
+def timeline_as(form: str, graph: Graph, *options: Any) -> str:
+    """Return the timeline in one of its forms; `options` are those of `timeline_text`."""
     if form == "json":
         return json_text(timeline_data(graph))
-    return timeline_svg(graph) if form == "svg" else timeline_text(graph)
+    return timeline_svg(graph) if form == "svg" else timeline_text(graph, *options)
 
 
 # -- the graph ----------------------------------------------------------------------------------------------
@@ -4647,9 +4660,7 @@ def graph_mermaid(graph: Graph) -> str:
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """Return the graph for JSON."""
-    edges = [
-        {"unit_name": u.unit_name, "depends_on": d, "requirement": r} for u in graph.nodes for d, r in u.wants.items()
-    ]
+    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r, _ in Startup(graph).edges]
     return {"units": plain_units(graph.nodes, ("unit_name", "status", "reason", "running_on")), "edges": edges}
 
 
@@ -4669,7 +4680,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
             unmet = [d for d, r in u.wants.items() if statuses[d] not in MEETS[r]]
         words = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in unmet}
         if u.is_waiting and not unmet:
-            words = {u: f'lock {lock}, which "{u}" has' for lock, u in u.blocked_by.items() if u in statuses}
+            words = {who: f'lock {lock}, which "{who}" has' for lock, who in u.blocked_by.items() if who in statuses}
         causes[u.unit_name] = words
     return causes
 
@@ -4707,20 +4718,21 @@ def why_text(graph: Graph, names: Sequence[str] = ()) -> str:
     parts.sort(key=lambda part: -len(part[0]))
     texts = []
     for held, group in parts[:50]:
-        lines = sentences(graph, group, causes)
+        lines = sentences(graph, group, causes, 5 if held else 20)
         for word, is_skipped in (("held up", False), ("skipped", True)):
             listed = [name for name in held if (units[name].status == SKIPPED) == is_skipped]
             lines += [f"    {word}: {some_names(listed)}"] if listed else []
         texts.append("\n".join(lines))
     texts += [f"({len(parts) - 50} more causes)"] if len(parts) > 50 else []
     nothing = "nothing waits, runs long or was skipped" if graph.nodes else "no units yet"
-    return "\n".join([*sentences(graph, between, causes), "\n\n".join(texts) or nothing]) + "\n"
+    lines = sentences(graph, between, causes, max(8, len(names)))
+    return "\n".join([*lines, "\n\n".join(texts) or nothing]) + "\n"
 
 
-def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[str, str]]) -> list[str]:
-    """Return a sentence on each of the first 20 units and its obstacles, and how many more units there are."""
+def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[str, str]], most: int) -> list[str]:
+    """Return a sentence on each of the first `most` units and its obstacles, and how many more units there are."""
     lines = []
-    for u in units[:20]:
+    for u in units[:most]:
         if u.status != NOT_REGISTERED:
             lines.append(sentence(u, graph.now, causes[u.unit_name]) + ".")
             continue
@@ -4730,7 +4742,7 @@ def sentences(graph: Graph, units: Sequence[UnitStatus], causes: dict[str, dict[
         known = {other.unit_name for other in graph.nodes if other.status != NOT_REGISTERED}
         guess = resembling(u.unit_name, known.difference(wanted_by))  # its name may be misspelt
         lines.append(f'"{u.unit_name}" is not registered: {why}{did_you_mean(guess, ".")}')
-    return lines + ([f"({len(units) - 20} more like these)"] if len(units) > 20 else [])
+    return lines + ([f"({len(units) - most} more like these)"] if len(units) > most else [])
 
 
 def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
@@ -4753,12 +4765,8 @@ def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
         lacked = f"; it lacked {missing}" if missing else ""
         return f"{name} {unit.status} {span(unit.age)} ago without having started{reason}{lacked}{output}"
 
-    tries, by, after, waited = (
-        len(unit.tries) + 1,
-        owner_text(unit.owner, " by ", ""),
-        "at once",
-        bar.started - bar.asked,
-    )
+    tries, by, after = len(unit.tries) + 1, owner_text(unit.owner, " by ", gone=""), "at once"
+    waited = bar.started - bar.asked
     if waited >= 0.05:
         after = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
@@ -5573,7 +5581,7 @@ class Task:
 )
 def cmd_run(args: Args) -> int:
     """Start UNIT, run COMMAND, complete UNIT or fail it, in one process."""
-    report = Reporter(args, f"{args.unit}: ", 2)
+    report = Reporter(f"{args.unit}: ", args.quiet, 2)
     if args.ready is not None:
         Probe(args.ready)
     if args.ready_timeout is not None and args.ready is None:
@@ -5678,8 +5686,9 @@ class Run(Task):
 
     def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         outcome = f"its outcome (exit code {params.get('exit_code', 0)})"
-        others = {"owner": "its process", "exited": "its end"}
-        self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
+        others = {"owner": "what says that it is ready", "exited": "its end"}
+        if method != "owner" or self.limits.ready:
+            self.warn(f"{params.get('detail') or others.get(method, outcome)} may not have been reported: {error}")
 
 
 @Command(
@@ -5698,7 +5707,7 @@ def cmd_wait(args: Args) -> int:
         Probe(probe)
         if probe == "notify":
             raise UsageError("wait: --ready notify is for `run`: it is the command of a unit that says so")
-    began, report = time.monotonic(), Reporter(args, "")
+    began, report = time.monotonic(), Reporter("", args.quiet)
     if args.units:
         make_client(args).wait(*args.units, requires=args.requires, timeout=args.timeout, on_wait=report)
     code = probe_all(args.ready, began, began + (args.timeout or NEVER), args.quiet) if args.ready else 0
@@ -6853,9 +6862,10 @@ def slowness() -> str:
 
 
 def ask_python(python: str, *words: str, data: bytes = b"") -> bytes:
-    """Return the output of an interpreter, run without the user's settings for Python. Raises Refused if it fails."""
+    """Return the output of an interpreter (default: ours) in a fixed environment. Raises Refused if it fails."""
     import subprocess
 
+    python = python or sys.executable
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     env["PYTHONHASHSEED"] = "0"  # the order of a set is in the bytecode
     try:
@@ -6880,7 +6890,7 @@ def application(python: str) -> bytes:
     call = call.replace(b"python3", shlex.quote(python or "python3").encode(), 1)
     about = f"# coder_sync {__version__}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`)\n"
     data = io.BytesIO((b"#!/bin/sh\n" + about.encode() + call).ljust(PLACE, b"\n"))
-    above, below = (ask_python(python or sys.executable, *COMPILING, data=half) for half in halves(source))
+    above, below = (ask_python(python, *COMPILING, data=half) for half in halves(source))
     members = {
         "__main__.py": launcher.ljust(PLACE, b"\n"),
         "launch.py": b"#:\n" + source.split(b"#:\n")[1] + b"#:\n",
@@ -6925,8 +6935,7 @@ def install(path: str, python: str) -> str:
             os.chown(temporary, model.st_uid, model.st_gid)
             os.chmod(temporary, model.st_mode & 0o755 | (model.st_mode & 0o444) >> 2)  # who may read may execute
             os.fsync(file.fileno())
-        version = ask_python(python or sys.executable, "-IS", temporary, "--version")
-        if version != f"coder_sync {__version__}\n".encode():
+        if ask_python(python, "-IS", temporary, "--version") != f"coder_sync {__version__}\n".encode():
             raise Refused(f"cannot install {path}: the copy does not run")
         os.rename(temporary, path)
     except OSError as error:
@@ -6957,9 +6966,9 @@ def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.Argum
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not wrap the example
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
-    parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
+    parser = Parser(PROGRAM, usage, command.help, example, add_help=False, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # it does not wrap the example
     for argument in arguments:
         more: dict[str, Any] = {"default": argument.default, "type": argument.convert} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
@@ -7107,7 +7116,10 @@ def cmd_serve(args: Args) -> int:
     if args.detach and args.command:
         raise UsageError("--detach and -- COMMAND exclude each other: the agent ends with the command")
     directory = private_directory() if args.command and not args.socket_path else ""
-    level = 2 * args.verbose or int(not (args.quiet or directory))  # the output of COMMAND matters more
+    if args.command and not (args.socket_path or directory):
+        raise CommandError("cannot make a private socket: no directory is writable; name a --socket-path", 125)
+    level = 0 if args.quiet or directory else 1  # a private agent is as quiet, so that COMMAND is heard
+    level = 2 if args.verbose else level
     host = Host(
         f"{directory}/agent.sock" if directory else os.path.abspath(agent_path(args.socket_path)),
         mode=args.mode or (0o600 if args.group is None else 0o660),
@@ -7185,7 +7197,7 @@ def cmd_boot(args: Args) -> int:
         raise UsageError("boot: --stay and -- COMMAND exclude each other: with a COMMAND it stays as long as that runs")
     if not scripts:
         become(args.command)
-    values = {**vars(args), "command": [*args.command, ""][0]}
+    values = {**vars(args), "command": args.command[0] if args.command else ""}
     options = BootOptions(**{name: values[name] for name in BootOptions._fields})
     loop = Loop((*PASSED_ON, signal.SIGWINCH) if args.command else (*STOPS, signal.SIGQUIT))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, loop.numbers)  # until the background process has its own Loop
@@ -7260,7 +7272,7 @@ def cmd_shutdown(args: Args) -> None:
 
 @Command("env pip-install", UNIT)
 def cmd_env(args: Args) -> None:
-    """Print the variables that the dependencies of UNIT have left for it, for `eval`."""
+    """Print the variables that UNIT would start with, as its dependencies have left them, for `eval`."""
     lines = []
     for name, value in make_client(args).env(args.unit).items():
         if not is_variable(name):
@@ -7318,10 +7330,8 @@ def cmd_timeline(args: Args) -> None:
         put(compare_text(before, Startup(graph)))
     elif args.blame:
         put(blame_text(graph, terminal()[0]))
-    elif args.output == "text":
-        put(timeline_text(graph, *terminal()))
     else:
-        put(timeline_as(args.output, graph))
+        put(timeline_as(args.output, graph, *terminal()))
 
 
 @Command("graph pip-install --output mermaid", units_argument("all"), output_option("tree", "dot", "mermaid", "json"))
@@ -7380,11 +7390,6 @@ but notify, and needs no agent.
 """
 
 
-def help_exit_codes() -> str:
-    """Return the help on exit codes."""
-    return (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n"
-
-
 def key_comments(kind: type[Record]) -> dict[str, str]:
     """Return the keys of a record in JSON, each with its comment in the source."""
     import re
@@ -7400,7 +7405,8 @@ def help_json() -> str:
     """Return the help on what is printed as JSON."""
     rows = []
     for key, comment in key_comments(UnitStatus).items():
-        rows.append([key, "s" + "l" * (key in LIST_KEYS) + "t" * (key in TIMELINE_KEYS), comment])
+        marks = "s" + ("l" if key in LIST_KEYS else "") + ("t" if key in TIMELINE_KEYS else "")
+        rows.append([key, marks, comment])
     text = f"""\
 `list -o json` is a list of units, `status UNIT -o json` one unit. `timeline -o json` has "version" of the
 form, "seconds" in all, a "summary", the "critical_path" ("unit_name", "seconds" of each step), and "units".
@@ -7449,7 +7455,7 @@ Error codes:
 TOPICS: dict[str, Callable[[], str]] = {
     "headers": help_headers,
     "probes": help_probes,
-    "exit-codes": help_exit_codes,
+    "exit-codes": lambda: (__doc__ or "").partition("Exit codes:\n\n")[2].partition("\n\n")[0] + "\n",
     "json": help_json,
     "protocol": help_protocol,
 }
@@ -7539,7 +7545,9 @@ def bash_candidates(line: str, word: str) -> list[str]:
 def candidates(words: Sequence[str]) -> list[str]:
     """Return what the last word of a command line may become: options, choices, commands, units."""
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": none yet
+    option_name, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
+    before += [option_name] if equals else []
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": no command yet
     try:
         command = commands.get(command_first([*before, ""])[0])
     except UsageError:
@@ -7548,12 +7556,12 @@ def candidates(words: Sequence[str]) -> list[str]:
         return []
     option = command.options.get(before[-1]) if before else None
     arguments = [option] if option and option.takes_value else command.positionals
-    found = [*command.options] if words[-1][:1] == "-" else []
+    found = [*command.options] if last[:1] == "-" else []
     found += [choice for argument in arguments for choice in argument.words.get("choices", ())]
     metavars = {argument.words.get("metavar") for argument in arguments}
     found += [*COMMANDS, *TOPICS] if "TOPIC" in metavars else []
     found += known_units(before) if metavars & {"UNIT", "DEP"} else []
-    return [word for word in found if word.startswith(words[-1])]
+    return [option_name + equals + word for word in found if word.startswith(last)]
 
 
 def known_units(words: Sequence[str]) -> list[str]:
