@@ -138,7 +138,8 @@ def launch():  # type: () -> None
     if posix.getpid() == 1:
         exit_on_signals()
     gc.disable()  # until all is loaded, since that stays
-    del sys.argv[: sys.argv[0] == "-c"]
+    if sys.argv[0] == "-c":
+        del sys.argv[0]
     globals()["__file__"] = sys.argv[0]
     try:
         for part in code_in(SELF, False):  # the file that the first lines have opened
@@ -193,7 +194,7 @@ __all__ = [
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
 SELF: Any = globals().get("SELF")  # this file, open while `launch` has loaded only what is above the cut
-FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
+FILE: str = getattr(globals().get("__loader__"), "archive", __file__)
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
 START_TIMEOUT = 300.0  # seconds; the default of `coder exp sync`
@@ -326,7 +327,6 @@ REQUIREMENTS: tuple[str, ...] = (SUCCESS, COMPLETION, START)
 
 MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
-
 
 RECORDS: dict[str, type[Record]] = {}  # name -> class
 
@@ -467,7 +467,7 @@ class _Scanner:
 
 
 def _codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
-    """Return (loads, dumps): the C halves of the json package without the package, which imports re and enum."""
+    """Return (loads, dumps), from the C part of the json package, without the package, which imports re and enum."""
     try:
         import _json
 
@@ -541,7 +541,7 @@ def plain(value: Any) -> Any:
 
 
 def record(kind: type[R], data: Any) -> R:
-    """Return a record from JSON; keys of a newer agent are ignored. Raises Unreachable."""
+    """Return a record from JSON; unknown keys, of a newer agent, are ignored. Raises Unreachable."""
     try:
         fields = kind.__annotations__
         return kind(**{name: typed(data[name], fields[name]) for name in fields if name in data})
