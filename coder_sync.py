@@ -6666,7 +6666,7 @@ class Boot:
             self.until(self.printed)
         if self.options.timeline:
             self.options.timeline(graph)
-        return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
+        return 3 if lost else int(bad)
 
     def summary(self, graph: Graph) -> str:
         """Return which units failed, with their last lines, which were skipped and why, and how long it took."""
