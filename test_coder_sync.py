@@ -5423,6 +5423,11 @@ def test_a_timeline_that_an_older_version_saved_is_read() -> None:
     keys = ("unit_name", "status", "reason", "registered", "waiting", "started", "ended", "released_by", "wants")
     old = {"seconds": data["seconds"], "units": [{key: row[key] for key in keys} for row in data["units"]]}
     assert coder_sync.read_timeline(json.dumps(old), "t.json").summary() == data["summary"]
+    units = [{"unit_name": name, "status": "pending", "registered": when} for name, when in (("a", 1.0), ("b", None))]
+    assert [bar.name for bar in coder_sync.read_timeline(json.dumps({"seconds": 2, "units": units}), "").rows] == [
+        "b",
+        "a",
+    ]
 
 
 def test_what_is_no_saved_timeline_is_refused_in_a_line() -> None:
