@@ -4299,11 +4299,10 @@ class Startup:
         self.first = min((u.registered or 0.0 for u in known), default=0.0)
         times = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
         goes_on = any(u.status == STARTED or u.is_waiting for u in known) or all(u.ended is None for u in known)
-        times += [graph.now] if known and goes_on else []
-        self.last = max([self.first, *times])
+        self.last = max([self.first, *times, *([graph.now] if goes_on else [])])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        known.sort(key=lambda u: (u.started is None, u.registered if u.started is None else u.started, u.unit_name))
+        known.sort(key=lambda u: (u.started is None, u.started or u.registered or 0.0, u.unit_name))
         self.rows = [self.bars[u.unit_name] for u in known]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
@@ -4536,8 +4535,7 @@ def timeline_svg(graph: Graph) -> str:
         y, status, is_critical = top + height * i, bar.unit.status, bar.name in startup.critical
         starts[bar.name] = left + (bar.started - startup.first) * scale, y
         body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, causes[bar.name]))}</title>")
-        shade = "z" if i % 2 else "y"
-        body.append(f'<rect class="{shade}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
+        body.append(f'<rect class="{"z" if i % 2 else "y"}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
         body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else ""))
         for phase, start, end in bar.phases:
             size = max((end - start) * scale, 2.0)
@@ -4753,8 +4751,8 @@ def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
         lacked = f"; it lacked {missing}" if missing else ""
         return f"{name} {unit.status} {span(unit.age)} ago without having started{reason}{lacked}{output}"
 
-    tries, by, after = len(unit.tries) + 1, owner_text(unit.owner, " by ", gone=""), "at once"
-    waited = bar.started - bar.asked
+    by, tries = owner_text(unit.owner, " by ", gone=""), len(unit.tries) + 1
+    after, waited = "at once", bar.started - bar.asked
     if waited >= 0.05:
         after = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
@@ -6656,7 +6654,7 @@ class Boot:
             self.until(self.printed)
         if self.options.timeline:
             self.options.timeline(graph)
-        return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
+        return 3 if lost else int(bad)
 
     def summary(self, graph: Graph) -> str:
         """Return which units failed, with their last lines, which were skipped and why, and how long it took."""
