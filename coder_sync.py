@@ -707,7 +707,8 @@ class Channel:
         self._buffer = bytearray()  # the beginning of a line
         self._lines: list[bytearray] = []  # complete lines, not yet returned by `receive`
         self.sock: Any = sock or connected(path, connect_timeout)
-        self.pid, self.uid = peer_credentials(self.sock)
+        pid, self.uid = peer_credentials(self.sock)
+        self.agent = f"the agent at {path}" + (f" (pid {pid})" if pid else "")  # for messages
         self._foreign = self.uid not in (0, posix.geteuid())
         self._warned = False  # by `as_answer`
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
@@ -812,10 +813,6 @@ class Channel:
             self._warned, answer.env = True, {}
         return answer
 
-    def fileno(self) -> int:
-        """Return the file descriptor, to poll it."""
-        return int(self.sock.fileno())
-
     def close(self) -> None:
         """Close the connection, which ends its claims on units."""
         self.sock.close()
@@ -825,11 +822,6 @@ class Channel:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    @property
-    def agent(self) -> str:
-        """The agent, as messages name it."""
-        return f"the agent at {self.path}" + (f" (pid {self.pid})" if self.pid else "")
 
     def silence(self, seconds: float) -> str:
         """Return the message about an agent that has been silent for so many seconds."""
@@ -1145,17 +1137,13 @@ class Command:
     def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
         self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
         self.positionals = [argument for argument in arguments if not argument.is_option]
+        self.options = {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
     def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
         about = run.__doc__ or ""
         self.name, self.run, self.help = run.__name__[len("cmd_") :], run, about[:1].lower() + about[1:].rstrip(".")
         COMMANDS[self.name] = self
         return run
-
-    @property
-    def options(self) -> dict[str, Argument]:
-        """The options, by each of their names."""
-        return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
     def set_positionals(self, args: Args, names: Sequence[str]) -> None:
         """Set the positionals in `args` to `names`. Raises UsageError."""
@@ -5134,12 +5122,12 @@ class Link:
         """Start to use a connection."""
         self._channel, self.lost = channel, ""
         self.pending, self._since = {}, time.monotonic()
-        self._loop.watch(channel.fileno(), self.receive)
+        self._loop.watch(channel.sock.fileno(), self.receive)
 
     def close(self) -> None:
         """Stop using the connection."""
         if self._channel:
-            self._loop.forget(self._channel.fileno())
+            self._loop.forget(self._channel.sock.fileno())
             self._channel = None
 
     def request(self, method: str, callback: Callable[[Object], object] = bool, **params: Any) -> None:
