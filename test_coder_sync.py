@@ -5409,6 +5409,11 @@ def test_a_timeline_that_an_older_version_saved_is_read() -> None:
     keys = ("unit_name", "status", "reason", "registered", "waiting", "started", "ended", "released_by", "wants")
     old = {"seconds": data["seconds"], "units": [{key: row[key] for key in keys} for row in data["units"]]}
     assert coder_sync.read_timeline(json.dumps(old), "t.json").summary() == data["summary"]
+    units = [{"unit_name": name, "status": "pending", "registered": when} for name, when in (("a", 1.0), ("b", None))]
+    assert [bar.name for bar in coder_sync.read_timeline(json.dumps({"seconds": 2, "units": units}), "").rows] == [
+        "b",
+        "a",
+    ]
 
 
 def test_what_is_no_saved_timeline_is_refused_in_a_line() -> None:
@@ -6695,6 +6700,14 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
     for items, shown in {**lines, f"{a17} b c": " +3 more"}.items():
         out.draw_status("0 ended", items.split(), 0.0)
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
+
+
+def test_after_the_startup_lines_that_nobody_takes_are_dropped() -> None:
+    out = coder_sync.Output(["a"], quiet=False)
+    out.may_drop = True
+    for _ in range(1000):
+        out.lines("a", ["x" * 1000])
+    assert len(out.pending[1]) < coder_sync.FULL + 2000
 
 
 def test_the_prefix_is_as_wide_as_the_longest_name_and_never_red() -> None:
