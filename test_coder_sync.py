@@ -7295,7 +7295,7 @@ def test_a_working_directory_that_is_gone_is_said_to_be(world: World) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("where", ["Boot.finish", "Boot.keep_time", "Stream.take", "Job.process_ended"])
+@pytest.mark.parametrize("where", ["Boot.finish", "Boot.keep_time", "Stream.feed", "Job.process_ended"])
 def test_an_unexpected_error_leaves_nothing_behind(world: World, where: str) -> None:
     fails = f"""
 import os
