@@ -4224,15 +4224,18 @@ def test_a_command_that_ends_has_all_that_its_units_run_ended(world: World) -> N
 
 
 @pytest.mark.parametrize("way", ["run u -- cat gate", "boot -q startup.d"], ids=["run", "boot"])
-def test_who_holds_a_unit_may_report_though_its_parents_start_was_refused(agent: World, gate: Gate, way: str) -> None:
+def test_who_holds_a_unit_may_report_and_a_parent_whose_start_was_refused_may_not(
+    agent: World, gate: Gate, way: str
+) -> None:
     startup(agent, {"u": "cat gate"})
-    script = f"coder {way} & echo; read x; coder start u; wait $!"
+    script = f"coder {way} & echo; read x; coder start u; coder complete u; wait $!"
     shell = agent.spawn(["sh", "-c", script], env=agent.shell_env(), stdin=subprocess.PIPE)
     gate.reached()
     assert shell.stdin
     shell.stdin.write("\n")
     shell.stdin.flush()
     until(lambda: "already started" in line_of(shell.stderr))
+    assert "does not count" in line_of(shell.stderr) and agent.status("u") == "started"
     gate.open()
     assert finish(shell).returncode == 0
     assert agent.status("u") == "completed"
