@@ -3603,7 +3603,7 @@ def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> Non
 def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
     waits, codes = {}, {"time is up": 124, "TERM": 143, "HUP": 129, "QUIT": 131, "INT": 130}
     for how in codes:
-        probe = ["--ready", f"echo $$ >> '{how}'; sleep 60"]
+        probe = ["--ready", f"sleep 60 & echo $$ $! >> '{how}'; wait"]
         timeout = "500ms" if how == "time is up" else "60s"
         waits[how] = world.popen("wait", *probe, *probe, "--timeout", timeout), world.directory / how
     for how, (process, file) in waits.items():
