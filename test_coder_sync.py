@@ -4012,12 +4012,16 @@ def test_a_run_that_may_not_complete_its_unit_ends_its_command(agent: World) -> 
     assert agent.client.status("a").reason == "no"
 
 
-def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
-    run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
-    assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
-    until(lambda: agent.client.status("a").owner.alive is None)  # not False: it is to be tried again
-    done, reason = stopped(run), "stopped between two tries; exit code 1"
-    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
+def test_a_signal_to_a_run_before_or_between_its_tries_ends_it(agent: World) -> None:
+    probed = agent.directory / "probed"
+    before = agent.popen("run", "a", "--ready", f"touch {probed}; sleep 60", "--", "true")
+    between = agent.popen("run", "b", "--retry", "5", "--retry-delay", "10m", "--", "false")
+    until(probed.exists)
+    assert line_of(between.stderr) == "b: try 2 of 6 after exit code 1, in 600s\n"
+    for unit, run, reason in (("a", before, "stopped"), ("b", between, "stopped between two tries; exit code 1")):
+        done = stopped(run)
+        assert (done.returncode, done.stderr) == (143, f"error: {unit}: {reason}\n")
+        assert agent.client.status(unit).reason == reason
 
 
 @pytest.mark.parametrize("first", ["", "coder complete a -q; "], ids=["completed-by-run", "completed-by-itself"])
