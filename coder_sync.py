@@ -707,7 +707,8 @@ class Channel:
         self._buffer = bytearray()  # the beginning of a line
         self._lines: list[bytearray] = []  # complete lines, not yet returned by `receive`
         self.sock: Any = sock or connected(path, connect_timeout)
-        self.pid, self.uid = peer_credentials(self.sock)
+        pid, self.uid = peer_credentials(self.sock)
+        self.agent = f"the agent at {path}" + (f" (pid {pid})" if pid else "")  # for messages
         self._foreign = self.uid not in (0, posix.geteuid())
         self._warned = False  # by `as_answer`
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
@@ -812,10 +813,6 @@ class Channel:
             self._warned, answer.env = True, {}
         return answer
 
-    def fileno(self) -> int:
-        """Return the file descriptor, to poll it."""
-        return int(self.sock.fileno())
-
     def close(self) -> None:
         """Close the connection, which ends its claims on units."""
         self.sock.close()
@@ -825,11 +822,6 @@ class Channel:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    @property
-    def agent(self) -> str:
-        """The agent, as messages name it."""
-        return f"the agent at {self.path}" + (f" (pid {self.pid})" if self.pid else "")
 
     def silence(self, seconds: float) -> str:
         """Return the message about an agent that has been silent for so many seconds."""
@@ -1145,17 +1137,13 @@ class Command:
     def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
         self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
         self.positionals = [argument for argument in arguments if not argument.is_option]
+        self.options = {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
     def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
         about = run.__doc__ or ""
         self.name, self.run, self.help = run.__name__[len("cmd_") :], run, about[:1].lower() + about[1:].rstrip(".")
         COMMANDS[self.name] = self
         return run
-
-    @property
-    def options(self) -> dict[str, Argument]:
-        """The options, by each of their names."""
-        return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
     def set_positionals(self, args: Args, names: Sequence[str]) -> None:
         """Set the positionals in `args` to `names`. Raises UsageError."""
@@ -4311,11 +4299,10 @@ class Startup:
         self.first = min((u.registered or 0.0 for u in known), default=0.0)
         times = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
         goes_on = any(u.status == STARTED or u.is_waiting for u in known) or all(u.ended is None for u in known)
-        times += [graph.now] if known and goes_on else []
-        self.last = max([self.first, *times])
+        self.last = max([self.first, *times, *([graph.now] if goes_on else [])])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        known.sort(key=lambda u: (u.started is None, u.registered if u.started is None else u.started, u.unit_name))
+        known.sort(key=lambda u: (u.started is None, u.started or u.registered or 0.0, u.unit_name))
         self.rows = [self.bars[u.unit_name] for u in known]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
@@ -4548,8 +4535,7 @@ def timeline_svg(graph: Graph) -> str:
         y, status, is_critical = top + height * i, bar.unit.status, bar.name in startup.critical
         starts[bar.name] = left + (bar.started - startup.first) * scale, y
         body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, causes[bar.name]))}</title>")
-        shade = "z" if i % 2 else "y"
-        body.append(f'<rect class="{shade}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
+        body.append(f'<rect class="{"z" if i % 2 else "y"}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
         body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else ""))
         for phase, start, end in bar.phases:
             size = max((end - start) * scale, 2.0)
@@ -4765,8 +4751,8 @@ def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
         lacked = f"; it lacked {missing}" if missing else ""
         return f"{name} {unit.status} {span(unit.age)} ago without having started{reason}{lacked}{output}"
 
-    tries, by, after = len(unit.tries) + 1, owner_text(unit.owner, " by ", gone=""), "at once"
-    waited = bar.started - bar.asked
+    by, tries = owner_text(unit.owner, " by ", gone=""), len(unit.tries) + 1
+    after, waited = "at once", bar.started - bar.asked
     if waited >= 0.05:
         after = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
@@ -5136,12 +5122,12 @@ class Link:
         """Start to use a connection."""
         self._channel, self.lost = channel, ""
         self.pending, self._since = {}, time.monotonic()
-        self._loop.watch(channel.fileno(), self.receive)
+        self._loop.watch(channel.sock.fileno(), self.receive)
 
     def close(self) -> None:
         """Stop using the connection."""
         if self._channel:
-            self._loop.forget(self._channel.fileno())
+            self._loop.forget(self._channel.sock.fileno())
             self._channel = None
 
     def request(self, method: str, callback: Callable[[Object], object] = bool, **params: Any) -> None:
@@ -6346,7 +6332,7 @@ class Job(Task):
         self.boot.unfinished -= 1
         if not self.reported:
             self.ended_by_others(status)
-        elif self.reported == FAILED and status == COMPLETED:  # others were first: the failure is that of a service
+        elif self.reported == FAILED and status == COMPLETED:  # others have completed it: its service has died
             self.reported = COMPLETED
             self.report("running")
             self.exited()
@@ -6668,7 +6654,7 @@ class Boot:
             self.until(self.printed)
         if self.options.timeline:
             self.options.timeline(graph)
-        return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
+        return 3 if lost else int(bad)
 
     def summary(self, graph: Graph) -> str:
         """Return which units failed, with their last lines, which were skipped and why, and how long it took."""
@@ -6731,7 +6717,7 @@ class Front:
         """Note an exit status; clean up after a background process that was killed."""
         self.ended.append(code)
         if code < 0:
-            put(f"error: boot's background process was {exit_text(code)}; what it ran may run on\n", 2)
+            say(f"error: boot's background process was {exit_text(code)}; what it ran may run on", 2)
             remove_directory(self.directory)
 
     def receive(self) -> None:
@@ -6757,7 +6743,7 @@ class Front:
         """Wait until the background process has ended everything and itself, for as long as that may take."""
         self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
         if not self.ended:
-            put("error: boot's background process has not ended; is it stopped?\n", 2)
+            say("error: boot's background process has not ended; is it stopped?", 2)
 
     def run(self, stay: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""

@@ -4941,12 +4941,6 @@ STARTUPS = {
         unit("d", 2, None, 3, {"c": "start"}, status="skipped", reason="c", log="/d.log"),
         unit("f", 9, 9, None, {"b": "start"}, released_by="b", running_on=True),
     ),
-    "a dependency that was only to start": startup_of(
-        25,
-        unit("setup", 0, 0, 5),
-        unit("serve", 0, 5, 15, ["setup"], released_by="setup"),
-        unit("app", 0, 5, None, {"serve": "start"}, released_by="serve"),
-    ),
     "it began before that ended": startup_of(30, unit("a", 0, 0, 20), unit("b", 0, 5, 30, {"a": "start"})),
     "by way of what was skipped": startup_of(
         61,
@@ -5079,8 +5073,6 @@ critical path: apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s
 (100% of it)
 ? timeline: nothing: 40
 no units yet
-? summary: a dependency that was only to start
-25s in all (1 still running); critical path: setup 5.0s -> serve 0ms -> app 20s (100% of it)
 ? summary: it began before that ended
 30s in all; critical path: b 25s (83% of it)
 ? summary: by way of what was skipped
@@ -5180,10 +5172,6 @@ c M342.2 78V106; c M722.2 118V126; started 8.0,183 24.0x3; m 38.0,188 runs on as
 744.0,176 2.0x16; m 774.0,188 another try; skipped 8.0,201 24.0x6; m 38.0,208 skipped; completed 192.0,198 24.0x12; m \
 222.0,208 completed; failed 376.0,198 24.0x12; m 406.0,208 failed; completed k 560.0,198 24.0x12; m 590.0,208 on the \
 critical path
-? why: services: tools, db
-"db" completed 2m20s ago after running 20s; started by postgres -D /data (pid 42) at once; its process runs on.
-"tools" completed 1m00s ago after running 40s in 2 tries; started after waiting 1m00s, last for apt-tools; its output \
-is in /logs/tools.log.
 ? why: broken: mail, slow, catche, lint
 "mail" was skipped 15s ago because of "report".
 "slow" has not started: for 15s it has been waiting for "web".
@@ -5442,6 +5430,11 @@ def test_a_timeline_that_an_older_version_saved_is_read() -> None:
     keys = ("unit_name", "status", "reason", "registered", "waiting", "started", "ended", "released_by", "wants")
     old = {"seconds": data["seconds"], "units": [{key: row[key] for key in keys} for row in data["units"]]}
     assert coder_sync.read_timeline(json.dumps(old), "t.json").summary() == data["summary"]
+    units = [{"unit_name": name, "status": "pending", "registered": when} for name, when in (("a", 1.0), ("b", None))]
+    assert [bar.name for bar in coder_sync.read_timeline(json.dumps({"seconds": 2, "units": units}), "").rows] == [
+        "b",
+        "a",
+    ]
 
 
 def test_what_is_no_saved_timeline_is_refused_in_a_line() -> None:
@@ -6367,7 +6360,7 @@ def answered(server: socket.socket, *answers: bytes) -> threading.Thread:
                 peer.sendall(part)
                 time.sleep(0.02)
 
-    thread = threading.Thread(target=answer)
+    thread = threading.Thread(target=answer, daemon=True)
     thread.start()
     return thread
 
@@ -6692,13 +6685,10 @@ def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: 
 
 
 @needs_proc
-def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_c(world: World, gate: Gate) -> None:
+def test_on_a_terminal_there_are_colours_a_status_line_and_control_c(world: World, gate: Gate) -> None:
     end, name = Gate(world, "end"), "a-unit-of-23-characters"
-    files = {name: "cat gate; echo hello; exec cat end", "b": f"@want {name}"}
-    boot, master = boot_on_terminal(
-        world, {**files, **{f"unit-of-23-characters-{i}": "exec sleep 60" for i in range(5)}}
-    )
-    seen = shown_on(master, b", +5 more")
+    boot, master = boot_on_terminal(world, {name: "cat gate; echo hello; exec cat end", "b": f"@want {name}"})
+    seen = shown_on(master, f"\r\033[K[0/2 ended, 1 waiting] {name} ".encode())
     gate.open()
     seen = shown_on(master, b"hello", seen)
     end.reached()  # with no shell that SIGINT might find between two commands
@@ -6710,10 +6700,6 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
     assert boot.process.wait(PATIENCE) == 130
     shown = seen.decode()
     assert re.search(rf"\r\033\[K\033\[3[2-6]m{name}\033\[0m \| hello\r\n", shown) and "not started: b" in shown
-    lines = re.findall(r"\r\033\[K(\[[^\r^]*)", shown)
-    assert max(map(len, lines)) < 70 and "\u2026" not in shown
-    first = rf"\[0/7 ended, 1 waiting\] {name} [\d.]+m?s, \+5 more"
-    assert any(re.fullmatch(first, line) for line in lines), lines
     summary = shown.rpartition("signal 2\r\n")[2].splitlines()
     assert len(summary) == 2 and max(map(len, summary)) <= 70, "the last lines are wrapped"
 
@@ -6735,6 +6721,14 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
     for items, shown in {**lines, f"{a17} b c": " +3 more"}.items():
         out.draw_status("0 ended", items.split(), 0.0)
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
+
+
+def test_after_the_startup_lines_that_nobody_takes_are_dropped() -> None:
+    out = coder_sync.Output(["a"], quiet=False)
+    out.may_drop = True
+    for _ in range(1000):
+        out.lines("a", ["x" * 1000])
+    assert len(out.pending[1]) < coder_sync.FULL + 2000
 
 
 def test_the_prefix_is_as_wide_as_the_longest_name_and_never_red() -> None:
@@ -7428,9 +7422,9 @@ class PlayedAgent:
             self.peer = listener.accept()[0]
         self.peer.settimeout(PATIENCE)
         self.file = self.peer.makefile("rb")
-        self.answers(self.asked("boot"), result={"units": 1})
+        self.answers("boot", result={"units": 1})
         self.tells("started")
-        self.answers(self.asked("owner"), result={})
+        self.answers("owner")
 
     def says(self, **message: Any) -> None:
         self.peer.sendall(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
@@ -7439,32 +7433,39 @@ class PlayedAgent:
         """Say what has become of the unit."""
         self.says(method="unit", params={"unit": "a", "status": status})
 
-    def asked(self, method: str) -> Any:
-        """The next request, which must be this one."""
+    def asked(self, method: str) -> int:
+        """The id of the next request, which must be this one."""
         request = json.loads(self.file.readline())
         assert request["method"] == method
-        return request
+        return int(request["id"])
 
-    def answers(self, request: Any, **answer: Any) -> None:
-        self.says(id=request["id"], **answer)
+    def answers(self, method: str, **answer: Any) -> None:
+        self.says(id=self.asked(method), **(answer or {"result": {}}))
+
+    def ends(self, status: str, told: str) -> None:
+        """Say what has become of the unit, and wait for the end of the boot."""
+        self.tells(status)
+        self.answers("graph", result={"now": 0, "nodes": []})
+        self.boot.ends(1, "", told)
+
+
+REFUSED = {"code": 1, "message": "refused"}
 
 
 @needs_proc
 @pytest.mark.parametrize("ready", [False, True])
 def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate, ready: bool) -> None:
     agent = PlayedAgent(world, "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3")
-    request = agent.asked("complete" if ready else "fail")
+    late = agent.asked("complete" if ready else "fail")
     if ready:  # it ends before this is answered
         gate.open()
     else:
         agent.tells("completed")
-        agent.answers(request, error={"code": 1, "message": "refused"})
-        request = agent.asked("running")
-    agent.answers(agent.asked("exited"), result={})
-    agent.answers(request, result={})
-    agent.tells("completed")
-    agent.answers(agent.asked("graph"), result={"now": 0, "nodes": []})
-    agent.boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
+        agent.says(id=late, error=REFUSED)
+        late = agent.asked("running")
+    agent.answers("exited")
+    agent.says(id=late, result={})
+    agent.ends("completed", "died: a (completed, then ended: exit code 3); ")
 
 
 def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world: World, gate: Gate) -> None:
@@ -7485,13 +7486,9 @@ def test_what_completes_and_is_refused_is_ended_and_has_failed_for_good(world: W
     agent = PlayedAgent(world, f"{ready}@retry 1 0\n: > up; cat gate")
     if not ready:
         gate.open()
-    agent.answers(agent.asked("complete"), error={"code": 1, "message": "refused"})
-    failed = agent.asked("fail")
-    assert failed["params"]["reason"] == "refused"
-    agent.answers(failed, result={})
-    agent.tells("failed")
-    agent.answers(agent.asked("graph"), result={"now": 0, "nodes": []})
-    agent.boot.ends(1, "", "failed: a (refused); ")
+    agent.answers("complete", error=REFUSED)
+    agent.answers("fail")
+    agent.ends("failed", "failed: a (refused); ")
 
 
 def test_an_agent_that_answered_while_boot_was_held_up_itself_is_not_lost() -> None:
@@ -7509,10 +7506,7 @@ def test_an_agent_that_answered_while_boot_was_held_up_itself_is_not_lost() -> N
 
 @pytest.mark.parametrize(
     ("script", "report", "told"),
-    [
-        ("exit 3", "fail", "1 failed\n"),
-        ("@ready true\ncat gate", "complete", "1 completed\nstill running: a\n"),
-    ],
+    [("exit 3", "fail", "1 failed\n"), ("@ready true\ncat gate", "complete", "1 completed\nstill running: a\n")],
     ids=["failed", "service"],
 )
 def test_an_outcome_that_the_agent_did_not_answer_any_more_is_the_units(
@@ -7632,22 +7626,10 @@ def shape(text: str, world: World) -> str:
     return re.sub(r" {2,}", "  ", re.sub(r"pid \d+", "pid PID", text)).strip()
 
 
-NC = """#!PYTHON
-import socket, sys
-sock = socket.socket(socket.AF_UNIX)
-sock.connect(sys.argv[-1])
-sock.sendall(sys.stdin.buffer.read())
-sock.shutdown(socket.SHUT_WR)
-print(sock.makefile().read(), end="")
-"""  # enough of `nc -NU PATH`, where there is none
-
-
 @pytest.mark.parametrize("session", examples(README), ids=lambda session: hyphenated(session[0][0]))
 def test_the_readme_shows_what_really_happens(session: list[tuple[str, str]], world: World) -> None:
-    if not shutil.which("nc"):
-        world.shell_env()
-        (world.directory / "bin" / "nc").write_text(NC.replace("PYTHON", sys.executable))
-        (world.directory / "bin" / "nc").chmod(0o755)
+    if not shutil.which("nc") and any("nc -" in command for command, _ in session):
+        pytest.skip("no nc here")
     world.install(world.directory / "coder_sync.py")
     script = "".join(f"{command}echo '=== next ==='\n" for command, _ in session)
     script += "kill $(./coder_sync.py ping | sed 's/.*pid \\([0-9]*\\),.*/\\1/')\n"
@@ -7839,16 +7821,13 @@ def odd_value(chance: random.Random, depth: int = 0) -> Any:
 
 def odd_line(chance: random.Random) -> bytes:
     """A request, mutated more or less."""
-    methods = [method for method in coder_sync.METHODS if method != "shutdown"]  # which would do as it says
-    method = chance.choice([*methods, *methods, "shutdown?", ""])
+    method = chance.choice([*(method for method in coder_sync.METHODS if method != "shutdown"), "shutdown?", ""])
     names = [*coder_sync.parameters(coder_sync.METHODS.get(method, coder_sync.Agent.do_ping)), "more"]
     params: Any = {name: odd_value(chance) for name in names if chance.random() < 0.7}
     if "unit" in params and chance.random() < 0.7:
         params.update(unit=chance.choice("abcdef"), requires="success", dependencies=chance.sample("abcdef", 2))
     message = {"jsonrpc": "2.0", "id": odd_value(chance, 2), "method": method, "params": params}
-    for key in list(message):
-        if chance.random() < 0.05:
-            message[key] = odd_value(chance)
+    message.update((key, odd_value(chance)) for key in [*message] if chance.random() < 0.05)
     line = bytearray(json.dumps(message).encode())
     for _ in range(chance.choice([0, 0, 0, 1, 1, 5, 100])):
         at = chance.randrange(len(line) + 1)
