@@ -2840,7 +2840,7 @@ def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(world: Worl
 # -- who may serve where ----------------------------------------------------------------------------------------
 
 
-REFUSED = r"""
+NOT_SERVED = r"""
 echo precious > agent.sock              | --detach | {0}/agent.sock exists and is not a socket; .*
 ln -s elsewhere agent.sock              | --replace | {0}/agent.sock exists and is not a socket; .*
 mkfifo agent.sock.lock                  | | {0}/agent.sock.lock is not a regular file; .*
@@ -2855,7 +2855,7 @@ ln -s /dev/full f                       | --pid-file f | cannot write .*f: No sp
 
 
 def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World) -> None:
-    for number, row in enumerate(REFUSED.strip().splitlines()):
+    for number, row in enumerate(NOT_SERVED.strip().splitlines()):
         place = world.directory / str(number)
         place.mkdir()
         prepare, options, message = row.format(place, "x" * 120).split("|", 2)
