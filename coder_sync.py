@@ -6332,7 +6332,7 @@ class Job(Task):
         self.boot.unfinished -= 1
         if not self.reported:
             self.ended_by_others(status)
-        elif self.reported == FAILED and status == COMPLETED:  # others were first: the failure is that of a service
+        elif self.reported == FAILED and status == COMPLETED:  # others have completed it: its service has died
             self.reported = COMPLETED
             self.report("running")
             self.exited()
@@ -6717,7 +6717,7 @@ class Front:
         """Note an exit status; clean up after a background process that was killed."""
         self.ended.append(code)
         if code < 0:
-            put(f"error: boot's background process was {exit_text(code)}; what it ran may run on\n", 2)
+            say(f"error: boot's background process was {exit_text(code)}; what it ran may run on", 2)
             remove_directory(self.directory)
 
     def receive(self) -> None:
@@ -6743,7 +6743,7 @@ class Front:
         """Wait until the background process has ended everything and itself, for as long as that may take."""
         self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
         if not self.ended:
-            put("error: boot's background process has not ended; is it stopped?\n", 2)
+            say("error: boot's background process has not ended; is it stopped?", 2)
 
     def run(self, stay: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
