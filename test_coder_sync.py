@@ -2840,20 +2840,6 @@ def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(world: Worl
 # -- who may serve where ----------------------------------------------------------------------------------------
 
 
-REFUSED = r"""
-echo precious > agent.sock              | --detach | {0}/agent.sock exists and is not a socket; .*
-ln -s elsewhere agent.sock              | --replace | {0}/agent.sock exists and is not a socket; .*
-mkfifo agent.sock.lock                  | | {0}/agent.sock.lock is not a regular file; .*
-ln -s elsewhere agent.sock.lock         | | cannot open {0}/agent.sock.lock: (Too many|Symbolic).*; .*
-echo 1 > that; ln that agent.sock.lock  | | {0}/agent.sock.lock has another name, too, so that it may be any file; .*
-:                                       | --socket-path {1} | .*/x+: too long for a socket path; .*
-:> file                                 | --socket-path file/in/s | cannot make the directory {0}/file/in: Not a dir.*
-mkfifo f                                | --log-file f | cannot write .*f: No such device .*
-:                                       | --pid-file no/file --detach | cannot write .*no/file: No such file .*
-ln -s /dev/full f                       | --pid-file f | cannot write .*f: No space left .*
-"""
-
-
 def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World) -> None:
     for number, row in enumerate(REFUSED.strip().splitlines()):
         place = world.directory / str(number)
@@ -7381,14 +7367,12 @@ def test_many_units_are_claimed_in_one_step_though_it_takes_several_lines(agent:
     Boot(agent, files).ends(0, None, "boot: 35 completed")
 
 
-IMPATIENT = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0"
-
-
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: World, gate: Gate, how: str) -> None:
     server = world.serve()
     files = {"a": "@retry 1 1ms\ncat gate; echo a; exit 2", "b": "@want a\necho b", "c": "@retry 1 10m\nexit 1"}
-    boot = Boot(world, files, patch=f"{IMPATIENT}; coder_sync.REPORT_EVERY = 0.2")
+    impatient = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT, coder_sync.REPORT_EVERY = 0.2, 1.0, 0.2"
+    boot = Boot(world, files, patch=impatient)
     gate.reached()
     server.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     boot.says("went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
@@ -7404,61 +7388,25 @@ def test_scripts_that_go_elsewhere_find_the_agent_of_a_relative_path(world: Worl
     boot.ends(0, f"a | UNIT\na | a\na | {world.directory}/s\n")
 
 
-class PlayedAgent:
-    """An agent that the test plays for a boot of one unit, `a`."""
-
-    def __init__(self, world: World, script: str) -> None:
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(world.path)
-            listener.listen()
-            self.boot = Boot(world, {"a": script})
-            self.peer = listener.accept()[0]
-        self.peer.settimeout(PATIENCE)
-        self.file = self.peer.makefile("rb")
-        self.answers("boot", result={"units": 1})
-        self.tells("started")
-        self.answers("owner")
-
-    def says(self, **message: Any) -> None:
-        self.peer.sendall(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
-
-    def tells(self, status: str) -> None:
-        """Say what has become of the unit."""
-        self.says(method="unit", params={"unit": "a", "status": status})
-
-    def asked(self, method: str) -> int:
-        """The id of the next request, which must be this one."""
-        request = json.loads(self.file.readline())
-        assert request["method"] == method
-        return int(request["id"])
-
-    def answers(self, method: str, **answer: Any) -> None:
-        self.says(id=self.asked(method), **(answer or {"result": {}}))
-
-    def ends(self, status: str, told: str) -> None:
-        """Say what has become of the unit, and wait for the end of the boot."""
-        self.tells(status)
-        self.answers("graph", result={"now": 0, "nodes": []})
-        self.boot.ends(1, "", told)
+def when_reported(code: str) -> str:
+    """A patch: an agent that does this when the outcome of a unit is reported to it."""
+    body = f"def end(*args, was=coder_sync.Units.end):\n    {code}\n    return was(*args)"
+    return f"import os\n{body}\ncoder_sync.Units.end = end"
 
 
 REFUSED = {"code": 1, "message": "refused"}
 
 
-@needs_proc
-@pytest.mark.parametrize("ready", [False, True])
-def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate, ready: bool) -> None:
-    agent = PlayedAgent(world, "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3")
-    late = agent.asked("complete" if ready else "fail")
-    if ready:  # it ends before this is answered
-        gate.open()
-    else:
-        agent.tells("completed")
-        agent.says(id=late, error=REFUSED)
-        late = agent.asked("running")
-    agent.answers("exited")
-    agent.says(id=late, result={})
-    agent.ends("completed", "died: a (completed, then ended: exit code 3); ")
+def test_a_service_that_ends_before_its_completion_is_answered_has_died(world: World, gate: Gate) -> None:
+    late = Gate(world, "late")
+    script = "@ready file:up\n: > up; cat gate; exit 3"
+    boot = Boot(world, {"a": script}, patch=when_reported("open('late').read()"))
+    late.reached()
+    gate.open()
+    until(lambda: not boot.scripts())
+    at_rest(boot.background())
+    late.open()
+    boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
 
 
 def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world: World, gate: Gate) -> None:
@@ -7476,12 +7424,11 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
 
 @pytest.mark.parametrize("ready", ["", "@ready file:up\n"], ids=["script", "service"])
 def test_what_completes_and_is_refused_is_ended_and_has_failed_for_good(world: World, gate: Gate, ready: str) -> None:
-    agent = PlayedAgent(world, f"{ready}@retry 1 0\n: > up; cat gate")
+    refuses = when_reported("if args[2].status == 'completed': raise coder_sync.Refused('refused')")
+    boot = Boot(world, {"a": f"{ready}@retry 1 0\n: > up; cat gate"}, patch=refuses)
     if not ready:
         gate.open()
-    agent.answers("complete", error=REFUSED)
-    agent.answers("fail")
-    agent.ends("failed", "failed: a (refused); ")
+    boot.ends(1, "", "failed: a (refused); ")
 
 
 def test_an_agent_that_answered_while_boot_was_held_up_itself_is_not_lost() -> None:
@@ -7498,34 +7445,31 @@ def test_an_agent_that_answered_while_boot_was_held_up_itself_is_not_lost() -> N
 
 
 @pytest.mark.parametrize(
-    ("script", "report", "told"),
-    [("exit 3", "fail", "1 failed\n"), ("@ready true\ncat gate", "complete", "1 completed\nstill running: a\n")],
+    ("script", "told"),
+    [("exit 3", "1 failed\n"), ("@ready true\ncat gate", "1 completed\nstill running: a\n")],
     ids=["failed", "service"],
 )
 def test_an_outcome_that_the_agent_did_not_answer_any_more_is_the_units(
-    world: World, gate: Gate, script: str, report: str, told: str
+    world: World, gate: Gate, script: str, told: str
 ) -> None:
-    agent = PlayedAgent(world, script)
-    agent.asked(report)
-    agent.file.close()
-    agent.peer.close()
-    assert agent.boot.process.wait(PATIENCE) == 3
+    answering(world, altered(when_reported("os._exit(0)"), "serve"))
+    boot = Boot(world, {"a": script})
+    assert boot.process.wait(PATIENCE) == 3
     if "gate" in script:
         gate.open()
-    agent.boot.ends(3, "", f"boot: {told}", leaves=True)
+    boot.ends(3, "", f"boot: {told}", leaves=True)
 
 
-@pytest.mark.parametrize("early", [True, False])
-def test_an_agent_that_is_stopped_does_not_hold_up_a_boot(world: World, gate: Gate, early: bool) -> None:
+def test_a_boot_at_an_agent_that_is_stopped_says_so_once(world: World) -> None:
+    stop(world.serve())
+    patch = "coder_sync.REPLY_TIMEOUT, coder_sync.CONNECT_TIMEOUT = 0.3, 0.5"
+    assert Boot(world, {"a": ""}, patch=patch).ends(3, "").count("is it stopped?") == 1
+
+
+def test_an_agent_that_is_stopped_does_not_hold_up_the_end_of_a_boot(world: World, gate: Gate) -> None:
     server = world.serve()
-    if early:
-        stop(server)
-    patch = f"{IMPATIENT.replace('1.0', '0.3' if early else '1000')}"
-    patch += "; coder_sync.CONNECT_TIMEOUT, coder_sync.STOPPED_TIMEOUT = 0.5, 1.0"
+    patch = "coder_sync.PING_AFTER, coder_sync.STOPPED_TIMEOUT = 0.2, 1.0"
     boot = Boot(world, {"a": "cat gate", "b": "@want a"}, patch=patch)
-    if early:
-        assert boot.ends(3, "").count("is it stopped?") == 1
-        return
     gate.reached()
     stop(server)
     boot.signal()
