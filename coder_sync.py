@@ -5965,7 +5965,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
-    """Iterate over the scripts at a path, a directory or one file; append mistakes, and what is left out."""
+    """Iterate over the scripts of a directory, or the one at a path; add to `mistakes` and `left_out`."""
     try:
         files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
         files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
@@ -6225,14 +6225,14 @@ class Stream:
             if not chunk:
                 self.close()
                 return
-            self.take(chunk)
+            self.feed(chunk)
 
     def drain(self) -> None:
-        """Read all that is in the pipe, with a bound; take an incomplete line as a whole one."""
+        """Read the pipe until it is empty, with a bound; print an incomplete line."""
         self.read(chunks=64)
         self.end_line()
 
-    def take(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes) -> None:
         """Write a chunk to the log file, and print the lines that it completes."""
         if self.log >= 0 and self.out.log_dir:
             try:
@@ -6303,7 +6303,7 @@ class Job(Task):
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if detail:
-            self.stream.take(f"{detail}\n".encode())
+            self.stream.feed(f"{detail}\n".encode())
 
     def warn(self, text: str) -> None:
         self.boot.out.say(f"warning: {self.unit}: {text}")
@@ -6628,8 +6628,8 @@ class Boot:
             if job.state == WAITING and job.due:
                 waiting.append(f"{unit} to try again after {job.why}")
             elif not job.outcome and not job.running() and unit in rows:
-                lacks = "; ".join(map(described, rows[unit].waits_for))
-                waiting.append(f"{unit} for {lacks}" if lacks else unit)
+                missing = "; ".join(map(described, rows[unit].waits_for))
+                waiting.append(f"{unit} for {missing}" if missing else unit)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {some_names(running)}" if running else ""
         self.out.say(text + (f"; waiting: {some_names(waiting)}" if waiting else ""))
@@ -6778,7 +6778,7 @@ class Front:
 
 
 def become(command: list[str]) -> NoReturn:
-    """Have a command take our place. Raises CommandError."""
+    """Replace this process by a command. Raises CommandError."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:

@@ -2840,8 +2840,22 @@ def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(world: Worl
 # -- who may serve where ----------------------------------------------------------------------------------------
 
 
+NOT_SERVED = r"""
+echo precious > agent.sock              | --detach | {0}/agent.sock exists and is not a socket; .*
+ln -s elsewhere agent.sock              | --replace | {0}/agent.sock exists and is not a socket; .*
+mkfifo agent.sock.lock                  | | {0}/agent.sock.lock is not a regular file; .*
+ln -s elsewhere agent.sock.lock         | | cannot open {0}/agent.sock.lock: (Too many|Symbolic).*; .*
+echo 1 > that; ln that agent.sock.lock  | | {0}/agent.sock.lock has another name, too, so that it may be any file; .*
+:                                       | --socket-path {1} | .*/x+: too long for a socket path; .*
+:> file                                 | --socket-path file/in/s | cannot make the directory {0}/file/in: Not a dir.*
+mkfifo f                                | --log-file f | cannot write .*f: No such device .*
+:                                       | --pid-file no/file --detach | cannot write .*no/file: No such file .*
+ln -s /dev/full f                       | --pid-file f | cannot write .*f: No space left .*
+"""
+
+
 def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World) -> None:
-    for number, row in enumerate(REFUSED.strip().splitlines()):
+    for number, row in enumerate(NOT_SERVED.strip().splitlines()):
         place = world.directory / str(number)
         place.mkdir()
         prepare, options, message = row.format(place, "x" * 120).split("|", 2)
@@ -3589,7 +3603,7 @@ def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> Non
 def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
     waits, codes = {}, {"time is up": 124, "TERM": 143, "HUP": 129, "QUIT": 131, "INT": 130}
     for how in codes:
-        probe = ["--ready", f"echo $$ >> '{how}'; sleep 60"]
+        probe = ["--ready", f"sleep 60 & echo $$ $! >> '{how}'; wait"]
         timeout = "500ms" if how == "time is up" else "60s"
         waits[how] = world.popen("wait", *probe, *probe, "--timeout", timeout), world.directory / how
     for how, (process, file) in waits.items():
@@ -3998,12 +4012,16 @@ def test_a_run_that_may_not_complete_its_unit_ends_its_command(agent: World) -> 
     assert agent.client.status("a").reason == "no"
 
 
-def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
-    run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
-    assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
-    until(lambda: agent.client.status("a").owner.alive is None)  # not False: it is to be tried again
-    done, reason = stopped(run), "stopped between two tries; exit code 1"
-    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
+def test_a_signal_to_a_run_before_or_between_its_tries_ends_it(agent: World) -> None:
+    probed = agent.directory / "probed"
+    before = agent.popen("run", "a", "--ready", f"touch {probed}; sleep 60", "--", "true")
+    between = agent.popen("run", "b", "--retry", "5", "--retry-delay", "10m", "--", "false")
+    until(probed.exists)
+    assert line_of(between.stderr) == "b: try 2 of 6 after exit code 1, in 600s\n"
+    for unit, run, reason in (("a", before, "stopped"), ("b", between, "stopped between two tries; exit code 1")):
+        done = stopped(run)
+        assert (done.returncode, done.stderr) == (143, f"error: {unit}: {reason}\n")
+        assert agent.client.status(unit).reason == reason
 
 
 @pytest.mark.parametrize("first", ["", "coder complete a -q; "], ids=["completed-by-run", "completed-by-itself"])
@@ -4210,15 +4228,18 @@ def test_a_command_that_ends_has_all_that_its_units_run_ended(world: World) -> N
 
 
 @pytest.mark.parametrize("way", ["run u -- cat gate", "boot -q startup.d"], ids=["run", "boot"])
-def test_who_holds_a_unit_may_report_though_its_parents_start_was_refused(agent: World, gate: Gate, way: str) -> None:
+def test_who_holds_a_unit_may_report_and_a_parent_whose_start_was_refused_may_not(
+    agent: World, gate: Gate, way: str
+) -> None:
     startup(agent, {"u": "cat gate"})
-    script = f"coder {way} & echo; read x; coder start u; wait $!"
+    script = f"coder {way} & echo; read x; coder start u; coder complete u; wait $!"
     shell = agent.spawn(["sh", "-c", script], env=agent.shell_env(), stdin=subprocess.PIPE)
     gate.reached()
     assert shell.stdin
     shell.stdin.write("\n")
     shell.stdin.flush()
     until(lambda: "already started" in line_of(shell.stderr))
+    assert "does not count" in line_of(shell.stderr) and agent.status("u") == "started"
     gate.open()
     assert finish(shell).returncode == 0
     assert agent.status("u") == "completed"
@@ -7281,7 +7302,7 @@ def test_a_working_directory_that_is_gone_is_said_to_be(world: World) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("where", ["Boot.finish", "Boot.keep_time", "Stream.take", "Job.process_ended"])
+@pytest.mark.parametrize("where", ["Boot.finish", "Boot.keep_time", "Stream.feed", "Job.process_ended"])
 def test_an_unexpected_error_leaves_nothing_behind(world: World, where: str) -> None:
     fails = f"""
 import os
