@@ -3012,8 +3012,8 @@ def test_replace_ends_an_agent_and_takes_its_place(call: Call, world: World) -> 
 
 
 SHORT = """
-answer, coder_sync.REPLACE_TIMEOUT = coder_sync.Channel.answer, 1.5
-coder_sync.Channel.answer = lambda self, request, timeout: answer(self, request, 0.3)
+answer, coder_sync.REPLACE_TIMEOUT = coder_sync.Channel.result, 1.5
+coder_sync.Channel.result = lambda self, request, timeout: answer(self, request, 0.3)
 """  # time for an agent to end that is to be replaced
 
 
