@@ -6267,7 +6267,7 @@ def test_what_goes_on_behind_its_unit_is_heard_and_looked_after_until_it_ends(wo
 
 
 def test_the_time_limit_of_a_script_does_not_end_what_it_leaves(world: World, gate: Gate) -> None:
-    boot = Boot(world, {"a": "@timeout 1s\ncat gate &"})
+    boot = Boot(world, {"a": "@timeout 1s\ncat gate &"}, patch="coder_sync.CHECK_EVERY = 0.1")
     boot.ends(0, leaves=True)
     time.sleep(1.2)
     assert world.status("a") == "completed"
@@ -7273,7 +7273,7 @@ def test_stay_tells_a_supervisor_from_the_process_that_was_called(world: World) 
 @pytest.mark.parametrize("name", ["os.fork", "threading.Thread.start"])
 def test_a_boot_that_has_no_room_for_itself_says_so_in_a_line(world: World, name: str) -> None:
     error = "OSError(11, 'try again')" if name == "os.fork" else "RuntimeError('no thread')"
-    full = f"import os, threading\ndef full(*args, **options):\n    raise {error}\n{name} = full"
+    full = f"import os, threading\ndef full(*args, **options):\n    raise {error}\n{name} = full; coder_sync.CONNECT_TIMEOUT = 0.3"
     told = Boot(world, {"a": "touch ran"}, patch=full).ends(1, "")
     assert told.startswith("error: ") and told.count("\n") == 1
     assert not (world.directory / "ran").exists()
@@ -7282,7 +7282,7 @@ def test_a_boot_that_has_no_room_for_itself_says_so_in_a_line(world: World, name
 @pytest.mark.parametrize("most", [6, 8, 10, 12, 14, 16])
 def test_with_few_descriptors_a_boot_works_or_says_so_in_a_line(world: World, most: int) -> None:
     limit = ["sh", "-c", f'ulimit -n {most}; exec "$@"', "-"]
-    boot = Boot(world, {"a": "exit"}, under=limit)
+    boot = Boot(world, {"a": "exit"}, patch="coder_sync.CONNECT_TIMEOUT = 0.3", under=limit)
     done = finish(boot.process)
     assert boot.left() == [] and "internal error" not in done.stderr and "Traceback" not in done.stderr, done
     assert done.returncode == 0 or "Too many open files" in done.stderr, done
