@@ -396,7 +396,7 @@ class Running(Record):
     owner: Owner | None = None
 
 
-class Answer(Record):
+class Result(Record):
     """The result of most requests, and the parameters of the notifications `unit` and `stop`."""
 
     unit: str = ""
@@ -710,7 +710,7 @@ class Channel:
         pid, self.uid = peer_credentials(self.sock)
         self.agent = f"the agent at {path}" + (f" (pid {pid})" if pid else "")  # for messages
         self._foreign = self.uid not in (0, posix.geteuid())
-        self._warned = False  # by `as_answer`
+        self._warned = False  # by `as_result`
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
             self.close()
             who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
@@ -785,7 +785,7 @@ class Channel:
         elif len(self._buffer) > MAX_REPLY:
             raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
 
-    def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
+    def result(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
         """Return the result of a request, or raise the error in its answer.
 
         Raises Unreachable if there is no answer within `quiet` + `timeout` seconds.
@@ -798,20 +798,20 @@ class Channel:
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
-        return self.answer(self.request(method, **params))
+        return self.result(self.request(method, **params))
 
-    def as_answer(self, data: Any) -> Answer:
-        """Return what the agent sent about a unit as a record. Raises Unreachable.
+    def as_result(self, data: Any) -> Result:
+        """Return a result, or the parameters of a notification, as a record. Raises Unreachable.
 
         Environment variables are code: root takes none from the agent of another user, and prints one warning.
         """
-        answer = record(Answer, data)
-        if answer.env and self._foreign and posix.geteuid() == 0:
+        result = record(Result, data)
+        if result.env and self._foreign and posix.geteuid() == 0:
             if not self._warned:
                 whose = f"the agent at {self.path}, which belongs to {user_name(self.uid)}"
                 say(f"warning: root takes no environment variables from {whose}", 2)
-            self._warned, answer.env = True, {}
-        return answer
+            self._warned, result.env = True, {}
+        return result
 
     def close(self) -> None:
         """Close the connection, which ends its claims on units."""
@@ -960,7 +960,7 @@ class BaseClient:
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """Do the same as `want`, but return `dependencies` and `status` of the unit."""
-        return vars(record(Answer, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires)))
+        return vars(record(Result, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires)))
 
     def start(
         self,
@@ -1006,13 +1006,13 @@ class Start:
         began = time.monotonic()
         self.channel = client._channel("start")
         try:
-            result = wait_for(self.channel, f"dependencies of unit {unit}", timeout, on_wait, "start", **params)
-            answer = self.channel.as_answer(result)
+            data = wait_for(self.channel, f"dependencies of unit {unit}", timeout, on_wait, "start", **params)
+            result = self.channel.as_result(data)
         except BaseException:
             self.channel.close()
             raise
-        self.result = Started(unit, answer.dependencies, time.monotonic() - began)
-        self.environment = answer.env  # the variables that the unit's dependencies have left for it
+        self.result = Started(unit, result.dependencies, time.monotonic() - began)
+        self.environment = result.env  # the variables that the unit's dependencies have left for it
 
     def confirm(self) -> Started:
         """Tell the agent that its answer has arrived: otherwise the next claim on the unit is granted."""
@@ -1471,12 +1471,12 @@ class Client(BaseClient):
 
         Return their names. Raises NotRegistered, or Refused while one of them is started.
         """
-        return record(Answer, self._call("reset", units=list(units))).units
+        return record(Result, self._call("reset", units=list(units))).units
 
     def env(self, unit: str) -> dict[str, str]:
         """Return the environment variables that dependencies have left for `unit`. Raises NotRegistered."""
         with self._channel("env") as channel:
-            return channel.as_answer(channel.call("env", unit=unit)).env
+            return channel.as_result(channel.call("env", unit=unit)).env
 
     def stop(self, *units: str, grace: float = GRACE) -> list[str]:
         """End the commands of units and of their dependents, dependents first; of all units if none is named.
@@ -1484,16 +1484,16 @@ class Client(BaseClient):
         Return the names of the units when their commands have ended; those that ignore TERM are killed after `grace`
         seconds. Raises NotRegistered, or Refused if a command still runs.
         """
-        answer = self.halt(*units, grace=grace)
-        if answer.left or answer.cannot:
-            raise Refused(still_running(answer), answer.stopped)
-        return answer.stopped
+        result = self.halt(*units, grace=grace)
+        if result.left or result.cannot:
+            raise Refused(still_running(result), result.stopped)
+        return result.stopped
 
-    def halt(self, *units: str, grace: float = GRACE) -> Answer:
+    def halt(self, *units: str, grace: float = GRACE) -> Result:
         """Do the same as `stop`, but return the units that are `stopped`, are `left`, or `cannot` be stopped."""
         with self._channel("stop") as channel:
             request = channel.request("stop", units=list(units), grace=grace)
-            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
+            return record(Result, channel.result(request, quiet=grace + STOP_PATIENCE))
 
     def shutdown(self) -> None:
         """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
@@ -1585,10 +1585,10 @@ def gone_hint(unit: str, owner: Owner | None) -> str:
     return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
 
 
-def still_running(answer: Answer) -> str:
+def still_running(result: Result) -> str:
     """Return the message about commands that `stop` has not ended."""
-    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
-    for row in answer.cannot:
+    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in result.left]
+    for row in result.cannot:
         way = gone_hint(row.unit, row.owner) or ", which has no supervisor: end that process"
         texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
@@ -5148,7 +5148,7 @@ class Link:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._since = time.monotonic()
                 if "method" in message:
-                    self._notified(str(message["method"]), self._channel.as_answer(message.get("params")))
+                    self._notified(str(message["method"]), self._channel.as_result(message.get("params")))
                 elif message.get("id") in self.pending:
                     self.pending.pop(message["id"])(message)
         except Unreachable as error:
@@ -5643,7 +5643,7 @@ class Run(Task):
         else:  # only processes that it has left: end them at once
             self.end("", deadline=0.0)
 
-    def notified(self, method: str, params: Answer) -> None:
+    def notified(self, method: str, params: Result) -> None:
         """Handle a notification: stop, or go on as a service, since others have completed the unit."""
         if method == "stop" and params.unit == self.unit:
             self.stop("stopped", time.monotonic() + params.grace)
@@ -5965,7 +5965,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
-    """Iterate over the scripts at a path, a directory or one file; append mistakes, and what is left out."""
+    """Iterate over the scripts of a directory, or the one at a path; add to `mistakes` and `left_out`."""
     try:
         files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
         files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
@@ -6225,14 +6225,14 @@ class Stream:
             if not chunk:
                 self.close()
                 return
-            self.take(chunk)
+            self.feed(chunk)
 
     def drain(self) -> None:
-        """Read all that is in the pipe, with a bound; take an incomplete line as a whole one."""
+        """Read the pipe until it is empty, with a bound; print an incomplete line."""
         self.read(chunks=64)
         self.end_line()
 
-    def take(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes) -> None:
         """Write a chunk to the log file, and print the lines that it completes."""
         if self.log >= 0 and self.out.log_dir:
             try:
@@ -6303,7 +6303,7 @@ class Job(Task):
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if detail:
-            self.stream.take(f"{detail}\n".encode())
+            self.stream.feed(f"{detail}\n".encode())
 
     def warn(self, text: str) -> None:
         self.boot.out.say(f"warning: {self.unit}: {text}")
@@ -6548,7 +6548,7 @@ class Boot:
         if self.host and self.options.resume:
             self.out.say("boot: there was no agent, so nothing is known to have completed: all is run")
 
-    def notified(self, method: str, params: Answer) -> None:
+    def notified(self, method: str, params: Result) -> None:
         """Handle a notification: a unit has started or ended, or its command is to be stopped."""
         job, status = self.jobs.get(params.unit), params.status
         if job is None:
@@ -6628,8 +6628,8 @@ class Boot:
             if job.state == WAITING and job.due:
                 waiting.append(f"{unit} to try again after {job.why}")
             elif not job.outcome and not job.running() and unit in rows:
-                lacks = "; ".join(map(described, rows[unit].waits_for))
-                waiting.append(f"{unit} for {lacks}" if lacks else unit)
+                missing = "; ".join(map(described, rows[unit].waits_for))
+                waiting.append(f"{unit} for {missing}" if missing else unit)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {some_names(running)}" if running else ""
         self.out.say(text + (f"; waiting: {some_names(waiting)}" if waiting else ""))
@@ -6778,7 +6778,7 @@ class Front:
 
 
 def become(command: list[str]) -> NoReturn:
-    """Have a command take our place. Raises CommandError."""
+    """Replace this process by a command. Raises CommandError."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -7134,7 +7134,7 @@ def make_room(path: str) -> bool:
     answered, began = False, time.monotonic()
     try:
         with Channel(path) as channel:
-            channel.answer(channel.request("shutdown"), ANSWER_TIMEOUT)
+            channel.result(channel.request("shutdown"), ANSWER_TIMEOUT)
             answered = True
             channel.receive(REPLACE_TIMEOUT)  # until it hangs up
     except SyncError:
@@ -7555,7 +7555,7 @@ def known_units(words: Sequence[str]) -> list[str]:
     try:
         path = Client(dict(zip(words, words[1:])).get("--socket-path", "")).socket_path
         with Channel(path) as channel:
-            rows = channel.answer(channel.request("list", all=True), 1.0)
+            rows = channel.result(channel.request("list", all=True), 1.0)
         return [unit.unit_name for unit in records(UnitStatus, rows)]
     except SyncError:
         return []
