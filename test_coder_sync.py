@@ -7275,8 +7275,8 @@ def test_stay_tells_a_supervisor_from_the_process_that_was_called(world: World) 
 @pytest.mark.parametrize("name", ["os.fork", "threading.Thread.start"])
 def test_a_boot_that_has_no_room_for_itself_says_so_in_a_line(world: World, name: str) -> None:
     error = "OSError(11, 'try again')" if name == "os.fork" else "RuntimeError('no thread')"
-    full = f"import os, threading\ndef full(*args, **options):\n    raise {error}\n{name} = full; coder_sync.CONNECT_TIMEOUT = 0.3"
-    told = Boot(world, {"a": "touch ran"}, patch=full).ends(1, "")
+    full = f"import os, threading\ndef full(*args, **options):\n    raise {error}\n{name} = full"
+    told = Boot(world, {"a": "touch ran"}, patch=f"{full}\ncoder_sync.CONNECT_TIMEOUT = 0.3").ends(1, "")
     assert told.startswith("error: ") and told.count("\n") == 1
     assert not (world.directory / "ran").exists()
 
