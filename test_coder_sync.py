@@ -6507,6 +6507,17 @@ def test_what_a_service_says_is_taken_until_it_has_ended_also_from_another_user(
     boot.ends(0, "b | all\n", leaves=True)
 
 
+def test_a_service_that_speaks_without_end_is_slowed_down(world: World) -> None:
+    path = str(world.directory / "notify")
+    notified = coder_sync.NotifySocket(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"READY=1", path)
+    assert notified.ready()
+    began = time.monotonic()
+    assert all(notified.ready() for _ in range(20)) and time.monotonic() - began >= 0.1
+    notified.close()
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
 def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: World, make: Any) -> None:
     name = str(agent.directory / "it.svg")
@@ -6718,6 +6729,9 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
     for items, shown in {**lines, f"{a17} b c": " +3 more"}.items():
         out.draw_status("0 ended", items.split(), 0.0)
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
+    out.columns = 10
+    out.draw_status("0 ended", ["a", "b"], 0.0)
+    assert out.pending[1].endswith(b"\r\033[K0 ended +2 more")
 
 
 def test_after_the_startup_lines_that_nobody_takes_are_dropped() -> None:
