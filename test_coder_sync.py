@@ -935,7 +935,7 @@ MAX_EDGES 2: want a b; wait #1 a b; wait #2 a; lose #2; want b c => !Refused
 MAX_WAITS 2: start b #1 a; wait #2 b; start c #3 a; wait #4 a; boot #b x y:x z:y; lose #2; start c #5 a
     => !Refused, !Refused, #b x started
 MAX_WAITS 1: start a #1 supervised; stop #2 a within=8; stop #3 a within=8; lose #2; stop #4 a within=8;
-    stop within=8 => #1 ok, #1 stop a in 8, !Refused
+    stop within=8; fail a #1 => #1 ok, #1 stop a in 8, !Refused, #4 stopped a, None stopped a
 MAX_LOCKS 2: start a #1 lock=k,l; start b #2 lock=k,l,m => #1 ok, !Refused
 """)
 def test_a_number_is_bounded(
@@ -1034,8 +1034,8 @@ of a start whose answer found nobody no time is left:
 a failure has an exit status, and success too: want a; fail a oops code=3; want b; complete b; show a reason exit_code;
     show b reason exit_code => a: reason oops, exit_code 3; b: reason -, exit_code 0
 what runs, its tries and its probe are remembered: start a #1 held by=41; sleep 1; own #1 reason=tcp:1;
-    show a owner reason probe; retry #1; own #1 by=42; sleep 1; complete a; show a owner reason tries probe
-    => a: owner script 41, reason not ready yet: tcp:1, probe tcp:1; a: owner script 42, reason -, tries 1, probe -
+    show a owner reason probe; retry #1; own #1 by=42; show a reason; sleep 1; complete a; show a owner tries probe
+    => a: owner script 41, reason not ready yet: tcp:1, probe tcp:1; a: reason -; a: owner script 42, tries 1, probe -
 whether what ran for somebody is alive is looked at while it may be: start a #1 by=42; die 42; show a owner; complete a;
     show a owner => a: owner script 42, dead; a: owner script 42
 a service is completed as long as it lives:
