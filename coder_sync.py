@@ -138,7 +138,8 @@ def launch():  # type: () -> None
     if posix.getpid() == 1:
         exit_on_signals()
     gc.disable()  # until all is loaded, since that stays
-    del sys.argv[: sys.argv[0] == "-c"]
+    if sys.argv[0] == "-c":
+        del sys.argv[0]
     globals()["__file__"] = sys.argv[0]
     try:
         for part in code_in(SELF, False):  # the file that the first lines have opened
@@ -193,7 +194,7 @@ __all__ = [
 ]
 INSTALLED = "installed coder_sync.py"  # the file name in tracebacks from a copy
 SELF: Any = globals().get("SELF")  # this file, open while `launch` has loaded only what is above the cut
-FILE: str = getattr(globals().get("__loader__"), "archive", "") or globals().get("__file__") or "coder_sync.py"
+FILE: str = getattr(globals().get("__loader__"), "archive", __file__)
 
 DEFAULT_SOCKET = "/tmp/coder-agent.sock"
 START_TIMEOUT = 300.0  # seconds; the default of `coder exp sync`
@@ -327,7 +328,6 @@ REQUIREMENTS: tuple[str, ...] = (SUCCESS, COMPLETION, START)
 MAX_NAME = 255  # bytes of UTF-8
 MAX_REASON = 500  # characters
 
-
 RECORDS: dict[str, type[Record]] = {}  # name -> class
 
 
@@ -396,7 +396,7 @@ class Running(Record):
     owner: Owner | None = None
 
 
-class Answer(Record):
+class Result(Record):
     """The result of most requests, and the parameters of the notifications `unit` and `stop`."""
 
     unit: str = ""
@@ -467,7 +467,7 @@ class _Scanner:
 
 
 def _codec() -> tuple[Callable[[str], Any], Callable[[Any], str]]:
-    """Return (loads, dumps): the C halves of the json package without the package, which imports re and enum."""
+    """Return (loads, dumps), from the C part of the json package, without the package, which imports re and enum."""
     try:
         import _json
 
@@ -541,7 +541,7 @@ def plain(value: Any) -> Any:
 
 
 def record(kind: type[R], data: Any) -> R:
-    """Return a record from JSON; keys of a newer agent are ignored. Raises Unreachable."""
+    """Return a record from JSON; unknown keys, of a newer agent, are ignored. Raises Unreachable."""
     try:
         fields = kind.__annotations__
         return kind(**{name: typed(data[name], fields[name]) for name in fields if name in data})
@@ -707,9 +707,10 @@ class Channel:
         self._buffer = bytearray()  # the beginning of a line
         self._lines: list[bytearray] = []  # complete lines, not yet returned by `receive`
         self.sock: Any = sock or connected(path, connect_timeout)
-        self.pid, self.uid = peer_credentials(self.sock)
+        pid, self.uid = peer_credentials(self.sock)
+        self.agent = f"the agent at {path}" + (f" (pid {pid})" if pid else "")  # for messages
         self._foreign = self.uid not in (0, posix.geteuid())
-        self._warned = False  # by `as_answer`
+        self._warned = False  # by `as_result`
         if self._foreign and posix.geteuid() and path == DEFAULT_SOCKET:  # any user can make a socket there
             self.close()
             who = f"{path} belongs to {user_name(self.uid)}, not to you or root"
@@ -735,11 +736,10 @@ class Channel:
         return self._last_id
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
-        """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
+        """Return the next message, or None if nothing comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
         while not self._lines:
-            self._read(deadline - time.monotonic())
-            if not self._lines and time.monotonic() >= deadline:
+            if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
                 return None
         line = bytes(self._lines.pop(0))
         try:
@@ -765,15 +765,15 @@ class Channel:
                 say(f"warning: {self.silence(late)}", 2)
         raise Unreachable(self.silence(REPLY_TIMEOUT))
 
-    def _read(self, timeout: float) -> None:
-        """Read what the agent has sent; wait for it `timeout` seconds at most. Raises Unreachable."""
+    def _read(self, timeout: float) -> bool:
+        """Read what the agent has sent; return False if nothing comes within `timeout` seconds. Raises Unreachable."""
         longest = 1.0 if posix.getpid() == 1 else LONGEST_POLL  # process 1 handles its signals between two waits
         self.sock.settimeout(min(max(timeout, 0.0), longest))
         try:
             chunk = self.sock.recv(65536)
         except OSError as error:
             if error.errno in (None, errno.EAGAIN):  # None: after a wait
-                return
+                return False
             chunk = b""
         if not chunk:
             raise Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
@@ -783,8 +783,9 @@ class Channel:
             self._lines += lines
         elif len(self._buffer) > MAX_REPLY:
             raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
+        return True
 
-    def answer(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
+    def result(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
         """Return the result of a request, or raise the error in its answer.
 
         Raises Unreachable if there is no answer within `quiet` + `timeout` seconds.
@@ -797,24 +798,20 @@ class Channel:
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a request and return its result."""
-        return self.answer(self.request(method, **params))
+        return self.result(self.request(method, **params))
 
-    def as_answer(self, data: Any) -> Answer:
-        """Return what the agent sent about a unit as a record. Raises Unreachable.
+    def as_result(self, data: Any) -> Result:
+        """Return a result, or the parameters of a notification, as a record. Raises Unreachable.
 
         Environment variables are code: root takes none from the agent of another user, and prints one warning.
         """
-        answer = record(Answer, data)
-        if answer.env and self._foreign and posix.geteuid() == 0:
+        result = record(Result, data)
+        if result.env and self._foreign and posix.geteuid() == 0:
             if not self._warned:
                 whose = f"the agent at {self.path}, which belongs to {user_name(self.uid)}"
                 say(f"warning: root takes no environment variables from {whose}", 2)
-            self._warned, answer.env = True, {}
-        return answer
-
-    def fileno(self) -> int:
-        """Return the file descriptor, to poll it."""
-        return int(self.sock.fileno())
+            self._warned, result.env = True, {}
+        return result
 
     def close(self) -> None:
         """Close the connection, which ends its claims on units."""
@@ -825,11 +822,6 @@ class Channel:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    @property
-    def agent(self) -> str:
-        """The agent, as messages name it."""
-        return f"the agent at {self.path}" + (f" (pid {self.pid})" if self.pid else "")
 
     def silence(self, seconds: float) -> str:
         """Return the message about an agent that has been silent for so many seconds."""
@@ -968,7 +960,7 @@ class BaseClient:
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """Do the same as `want`, but return `dependencies` and `status` of the unit."""
-        return vars(record(Answer, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires)))
+        return vars(record(Result, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires)))
 
     def start(
         self,
@@ -1014,13 +1006,13 @@ class Start:
         began = time.monotonic()
         self.channel = client._channel("start")
         try:
-            result = wait_for(self.channel, f"dependencies of unit {unit}", timeout, on_wait, "start", **params)
-            answer = self.channel.as_answer(result)
+            data = wait_for(self.channel, f"dependencies of unit {unit}", timeout, on_wait, "start", **params)
+            result = self.channel.as_result(data)
         except BaseException:
             self.channel.close()
             raise
-        self.result = Started(unit, answer.dependencies, time.monotonic() - began)
-        self.environment = answer.env  # the variables that the unit's dependencies have left for it
+        self.result = Started(unit, result.dependencies, time.monotonic() - began)
+        self.environment = result.env  # the variables that the unit's dependencies have left for it
 
     def confirm(self) -> Started:
         """Tell the agent that its answer has arrived: otherwise the next claim on the unit is granted."""
@@ -1145,17 +1137,13 @@ class Command:
     def __init__(self, example: str, *arguments: Argument, tail: str = "") -> None:
         self.example, self.arguments, self.tail = example, (*arguments, *COMMON), tail
         self.positionals = [argument for argument in arguments if not argument.is_option]
+        self.options = {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
     def __call__(self, run: Callable[[Args], int | None]) -> Callable[[Args], int | None]:
         about = run.__doc__ or ""
         self.name, self.run, self.help = run.__name__[len("cmd_") :], run, about[:1].lower() + about[1:].rstrip(".")
         COMMANDS[self.name] = self
         return run
-
-    @property
-    def options(self) -> dict[str, Argument]:
-        """The options, by each of their names."""
-        return {name: argument for argument in self.arguments if argument.is_option for name in argument.names}
 
     def set_positionals(self, args: Args, names: Sequence[str]) -> None:
         """Set the positionals in `args` to `names`. Raises UsageError."""
@@ -1483,12 +1471,12 @@ class Client(BaseClient):
 
         Return their names. Raises NotRegistered, or Refused while one of them is started.
         """
-        return record(Answer, self._call("reset", units=list(units))).units
+        return record(Result, self._call("reset", units=list(units))).units
 
     def env(self, unit: str) -> dict[str, str]:
         """Return the environment variables that dependencies have left for `unit`. Raises NotRegistered."""
         with self._channel("env") as channel:
-            return channel.as_answer(channel.call("env", unit=unit)).env
+            return channel.as_result(channel.call("env", unit=unit)).env
 
     def stop(self, *units: str, grace: float = GRACE) -> list[str]:
         """End the commands of units and of their dependents, dependents first; of all units if none is named.
@@ -1496,16 +1484,16 @@ class Client(BaseClient):
         Return the names of the units when their commands have ended; those that ignore TERM are killed after `grace`
         seconds. Raises NotRegistered, or Refused if a command still runs.
         """
-        answer = self.halt(*units, grace=grace)
-        if answer.left or answer.cannot:
-            raise Refused(still_running(answer), answer.stopped)
-        return answer.stopped
+        result = self.halt(*units, grace=grace)
+        if result.left or result.cannot:
+            raise Refused(still_running(result), result.stopped)
+        return result.stopped
 
-    def halt(self, *units: str, grace: float = GRACE) -> Answer:
+    def halt(self, *units: str, grace: float = GRACE) -> Result:
         """Do the same as `stop`, but return the units that are `stopped`, are `left`, or `cannot` be stopped."""
         with self._channel("stop") as channel:
             request = channel.request("stop", units=list(units), grace=grace)
-            return record(Answer, channel.answer(request, quiet=grace + STOP_PATIENCE))
+            return record(Result, channel.result(request, quiet=grace + STOP_PATIENCE))
 
     def shutdown(self) -> None:
         """End the agent, which stops services first; return when it has ended. Raises Unreachable after 30 seconds."""
@@ -1597,10 +1585,10 @@ def gone_hint(unit: str, owner: Owner | None) -> str:
     return f"; `complete {unit}` or `fail {unit}` lets others go on" if gone else ""
 
 
-def still_running(answer: Answer) -> str:
+def still_running(result: Result) -> str:
     """Return the message about commands that `stop` has not ended."""
-    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in answer.left]
-    for row in answer.cannot:
+    texts = [f'unit "{row.unit}" still runs' + owner_text(row.owner, ": ", "") for row in result.left]
+    for row in result.cannot:
         way = gone_hint(row.unit, row.owner) or ", which has no supervisor: end that process"
         texts.append(f'unit "{row.unit}" cannot be stopped' + owner_text(row.owner, ": it is ") + way)
     return "; ".join(texts)
@@ -4311,11 +4299,10 @@ class Startup:
         self.first = min((u.registered or 0.0 for u in known), default=0.0)
         times = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
         goes_on = any(u.status == STARTED or u.is_waiting for u in known) or all(u.ended is None for u in known)
-        times += [graph.now] if known and goes_on else []
-        self.last = max([self.first, *times])
+        self.last = max([self.first, *times, *([graph.now] if goes_on else [])])
         self.length = self.last - self.first
         self.bars = {u.unit_name: Bar(u, self.last) for u in graph.nodes}
-        known.sort(key=lambda u: (u.started is None, u.registered if u.started is None else u.started, u.unit_name))
+        known.sort(key=lambda u: (u.started is None, u.started or u.registered or 0.0, u.unit_name))
         self.rows = [self.bars[u.unit_name] for u in known]
         self.path = self._critical_path()
         names = [bar.name for bar, _ in self.path]
@@ -4530,8 +4517,8 @@ def timeline_svg(graph: Graph) -> str:
     column, height, axis = 7.4, 20, 760.0  # pixels: width of a character, height of a row, length of the axis of time
     outcomes = []
     for unit in (bar.unit for bar in startup.rows):
-        is_over = unit.status in ENDED and not unit.running_on
-        outcomes.append(fit(status_and_reason(unit) if is_over else state_word(unit), 60).rstrip())
+        has_ended = unit.status in ENDED and not unit.running_on
+        outcomes.append(fit(status_and_reason(unit) if has_ended else state_word(unit), 60).rstrip())
     left = 16 + column * min(max((text_width(bar.name) for bar in startup.rows), default=0), 60)
     right, scale = left + axis + 70, axis / (startup.length or 1.0)
     width = max(right + 8 + column * max(map(text_width, outcomes), default=0), 920 + left)
@@ -4548,8 +4535,7 @@ def timeline_svg(graph: Graph) -> str:
         y, status, is_critical = top + height * i, bar.unit.status, bar.name in startup.critical
         starts[bar.name] = left + (bar.started - startup.first) * scale, y
         body.append(f"<g><title>{escape(sentence(bar.unit, graph.now, causes[bar.name]))}</title>")
-        shade = "z" if i % 2 else "y"
-        body.append(f'<rect class="{shade}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
+        body.append(f'<rect class="{"z" if i % 2 else "y"}" x="0.0" y="{y}" width="{width:.1f}" height="{height}"/>')
         body.append(svg_text(8, y + 14, fit(bar.name, 60).rstrip(), "h" if is_critical else ""))
         for phase, start, end in bar.phases:
             size = max((end - start) * scale, 2.0)
@@ -4680,7 +4666,7 @@ def obstacles(graph: Graph) -> dict[str, dict[str, str]]:
             unmet = [d for d, r in u.wants.items() if statuses[d] not in MEETS[r]]
         words = {d: f'"{d}"' + ("" if u.wants[d] == SUCCESS else f" ({u.wants[d]})") for d in unmet}
         if u.is_waiting and not unmet:
-            words = {u: f'lock {lock}, which "{u}" has' for lock, u in u.blocked_by.items() if u in statuses}
+            words = {who: f'lock {lock}, which "{who}" has' for lock, who in u.blocked_by.items() if who in statuses}
         causes[u.unit_name] = words
     return causes
 
@@ -4765,8 +4751,8 @@ def sentence(unit: UnitStatus, now: float, causes: Mapping[str, str]) -> str:
         lacked = f"; it lacked {missing}" if missing else ""
         return f"{name} {unit.status} {span(unit.age)} ago without having started{reason}{lacked}{output}"
 
-    tries, by, after = len(unit.tries) + 1, owner_text(unit.owner, " by ", gone=""), "at once"
-    waited = bar.started - bar.asked
+    by, tries = owner_text(unit.owner, " by ", gone=""), len(unit.tries) + 1
+    after, waited = "at once", bar.started - bar.asked
     if waited >= 0.05:
         after = f"after waiting {span(waited)}" + (f", last for {unit.released_by}" if unit.released_by else "")
     if unit.status == STARTED:
@@ -5136,12 +5122,12 @@ class Link:
         """Start to use a connection."""
         self._channel, self.lost = channel, ""
         self.pending, self._since = {}, time.monotonic()
-        self._loop.watch(channel.fileno(), self.receive)
+        self._loop.watch(channel.sock.fileno(), self.receive)
 
     def close(self) -> None:
         """Stop using the connection."""
         if self._channel:
-            self._loop.forget(self._channel.fileno())
+            self._loop.forget(self._channel.sock.fileno())
             self._channel = None
 
     def request(self, method: str, callback: Callable[[Object], object] = bool, **params: Any) -> None:
@@ -5162,7 +5148,7 @@ class Link:
             while self._channel and (message := self._channel.receive(0)) is not None:
                 self._since = time.monotonic()
                 if "method" in message:
-                    self._notified(str(message["method"]), self._channel.as_answer(message.get("params")))
+                    self._notified(str(message["method"]), self._channel.as_result(message.get("params")))
                 elif message.get("id") in self.pending:
                     self.pending.pop(message["id"])(message)
         except Unreachable as error:
@@ -5657,7 +5643,7 @@ class Run(Task):
         else:  # only processes that it has left: end them at once
             self.end("", deadline=0.0)
 
-    def notified(self, method: str, params: Answer) -> None:
+    def notified(self, method: str, params: Result) -> None:
         """Handle a notification: stop, or go on as a service, since others have completed the unit."""
         if method == "stop" and params.unit == self.unit:
             self.stop("stopped", time.monotonic() + params.grace)
@@ -5979,7 +5965,7 @@ def plan(paths: Sequence[str], may_be_empty: bool = False) -> list[Script]:
 
 
 def scripts_at(given: str, mistakes: list[str], left_out: dict[str, str]) -> Iterator[Script]:
-    """Iterate over the scripts at a path, a directory or one file; append mistakes, and what is left out."""
+    """Iterate over the scripts of a directory, or the one at a path; add to `mistakes` and `left_out`."""
     try:
         files = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name[0] not in ".#"]
         files = [path for path in files if path[-1] != "~" and os.path.isfile(path)]
@@ -6239,14 +6225,14 @@ class Stream:
             if not chunk:
                 self.close()
                 return
-            self.take(chunk)
+            self.feed(chunk)
 
     def drain(self) -> None:
-        """Read all that is in the pipe, with a bound; take an incomplete line as a whole one."""
+        """Read the pipe until it is empty, with a bound; print an incomplete line."""
         self.read(chunks=64)
         self.end_line()
 
-    def take(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes) -> None:
         """Write a chunk to the log file, and print the lines that it completes."""
         if self.log >= 0 and self.out.log_dir:
             try:
@@ -6317,7 +6303,7 @@ class Job(Task):
     def begun(self, detail: str) -> None:
         super().begun(detail)
         if detail:
-            self.stream.take(f"{detail}\n".encode())
+            self.stream.feed(f"{detail}\n".encode())
 
     def warn(self, text: str) -> None:
         self.boot.out.say(f"warning: {self.unit}: {text}")
@@ -6346,7 +6332,7 @@ class Job(Task):
         self.boot.unfinished -= 1
         if not self.reported:
             self.ended_by_others(status)
-        elif self.reported == FAILED and status == COMPLETED:  # others were first: the failure is that of a service
+        elif self.reported == FAILED and status == COMPLETED:  # others have completed it: its service has died
             self.reported = COMPLETED
             self.report("running")
             self.exited()
@@ -6562,7 +6548,7 @@ class Boot:
         if self.host and self.options.resume:
             self.out.say("boot: there was no agent, so nothing is known to have completed: all is run")
 
-    def notified(self, method: str, params: Answer) -> None:
+    def notified(self, method: str, params: Result) -> None:
         """Handle a notification: a unit has started or ended, or its command is to be stopped."""
         job, status = self.jobs.get(params.unit), params.status
         if job is None:
@@ -6642,8 +6628,8 @@ class Boot:
             if job.state == WAITING and job.due:
                 waiting.append(f"{unit} to try again after {job.why}")
             elif not job.outcome and not job.running() and unit in rows:
-                lacks = "; ".join(map(described, rows[unit].waits_for))
-                waiting.append(f"{unit} for {lacks}" if lacks else unit)
+                missing = "; ".join(map(described, rows[unit].waits_for))
+                waiting.append(f"{unit} for {missing}" if missing else unit)
         text = f"boot: {len(self.jobs) - self.unfinished} of {len(self.jobs)} ended after {span(now - self.began)}"
         text += f"; running: {some_names(running)}" if running else ""
         self.out.say(text + (f"; waiting: {some_names(waiting)}" if waiting else ""))
@@ -6668,7 +6654,7 @@ class Boot:
             self.until(self.printed)
         if self.options.timeline:
             self.options.timeline(graph)
-        return 128 + self.signal if self.signal else 3 if lost else 1 if bad else 0
+        return 3 if lost else int(bad)
 
     def summary(self, graph: Graph) -> str:
         """Return which units failed, with their last lines, which were skipped and why, and how long it took."""
@@ -6731,7 +6717,7 @@ class Front:
         """Note an exit status; clean up after a background process that was killed."""
         self.ended.append(code)
         if code < 0:
-            put(f"error: boot's background process was {exit_text(code)}; what it ran may run on\n", 2)
+            say(f"error: boot's background process was {exit_text(code)}; what it ran may run on", 2)
             remove_directory(self.directory)
 
     def receive(self) -> None:
@@ -6757,7 +6743,7 @@ class Front:
         """Wait until the background process has ended everything and itself, for as long as that may take."""
         self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
         if not self.ended:
-            put("error: boot's background process has not ended; is it stopped?\n", 2)
+            say("error: boot's background process has not ended; is it stopped?", 2)
 
     def run(self, stay: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
@@ -6792,7 +6778,7 @@ class Front:
 
 
 def become(command: list[str]) -> NoReturn:
-    """Have a command take our place. Raises CommandError."""
+    """Replace this process by a command. Raises CommandError."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
@@ -6966,9 +6952,9 @@ def parser_of(command: Command, arguments: Iterable[Argument]) -> argparse.Argum
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-    form: Any = argparse.RawDescriptionHelpFormatter  # which does not wrap the example
     usage, example = usage_of(command).replace("%", "%%"), f"example: {PROGRAM} {command.example}"
-    parser = Parser(PROGRAM, usage, command.help, example, [], form, add_help=False, allow_abbrev=False)
+    parser = Parser(PROGRAM, usage, command.help, example, add_help=False, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # it does not wrap the example
     for argument in arguments:
         more: dict[str, Any] = {"default": argument.default, "type": argument.convert} if argument.takes_value else {}
         more["help"] = argument.words["help"] + (" (default: %(default)s)" if argument.words.get("default") else "")
@@ -7148,7 +7134,7 @@ def make_room(path: str) -> bool:
     answered, began = False, time.monotonic()
     try:
         with Channel(path) as channel:
-            channel.answer(channel.request("shutdown"), ANSWER_TIMEOUT)
+            channel.result(channel.request("shutdown"), ANSWER_TIMEOUT)
             answered = True
             channel.receive(REPLACE_TIMEOUT)  # until it hangs up
     except SyncError:
@@ -7547,7 +7533,7 @@ def candidates(words: Sequence[str]) -> list[str]:
     before = [part for word in words[:-1] for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     option_name, equals, last = words[-1].rpartition("=") if words[-1][:2] == "--" else ("", "", words[-1])
     before += [option_name] if equals else []
-    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": none yet
+    commands = {**COMMANDS, "": Command("", Argument("command", choices=tuple(COMMANDS)))}  # "": no command yet
     try:
         command = commands.get(command_first([*before, ""])[0])
     except UsageError:
@@ -7569,7 +7555,7 @@ def known_units(words: Sequence[str]) -> list[str]:
     try:
         path = Client(dict(zip(words, words[1:])).get("--socket-path", "")).socket_path
         with Channel(path) as channel:
-            rows = channel.answer(channel.request("list", all=True), 1.0)
+            rows = channel.result(channel.request("list", all=True), 1.0)
         return [unit.unit_name for unit in records(UnitStatus, rows)]
     except SyncError:
         return []

@@ -2654,7 +2654,7 @@ a: started
 a: completed
 refused: unit "a" is completed .*
 b: failed: no disk
-shutdown was called by .+ \(pid \d+\)
+shutdown was called by .+ \(pid PARENT\)
 stopping: got SIGTERM
 """
 
@@ -2662,7 +2662,8 @@ stopping: got SIGTERM
 @pytest.mark.parametrize("option", ["--quiet", "", "--verbose"])
 def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, option: str) -> None:
     agent = world.serve(*option.split(), stderr=subprocess.PIPE)
-    world.end("a")
+    world.client.start("a")
+    world.connect().call("complete", unit="a", env={"TOKEN": "secret"})
     with pytest.raises(coder_sync.Refused):
         world.client.fail("a")
     world.client.want("b", "a")
@@ -2673,9 +2674,10 @@ def test_the_log_says_what_happens_one_line_each_with_a_time(world: World, optio
     assert all(re.match(STAMP, line) for line in done.stderr.splitlines())
     text = re.sub(f"^{STAMP}", "", done.stderr, flags=re.M)
     if option == "--verbose":
-        assert all(part in text for part in ("request: start {", "b: registered", "b: wants: a", "a: started"))
+        for part in ("request: complete {'unit': 'a'}\n", "b: registered", "b: wants: a", "a: started"):  # no secret
+            assert part in text
     else:
-        assert re.fullmatch(LOGGED if option == "" else "", text)
+        assert re.fullmatch(LOGGED.replace("PARENT", str(os.getppid())) if option == "" else "", text)
 
 
 def test_an_agent_whose_log_nobody_reads_goes_on(world: World) -> None:
@@ -2820,7 +2822,7 @@ def test_a_detached_agent_that_dies_before_it_is_ready_is_no_success(world: Worl
 # -- who may serve where ----------------------------------------------------------------------------------------
 
 
-REFUSED = r"""
+NOT_SERVED = r"""
 echo precious > agent.sock              | --detach | {0}/agent.sock exists and is not a socket; .*
 ln -s elsewhere agent.sock              | --replace | {0}/agent.sock exists and is not a socket; .*
 mkfifo agent.sock.lock                  | | {0}/agent.sock.lock is not a regular file; .*
@@ -2835,7 +2837,7 @@ ln -s /dev/full f                       | --pid-file f | cannot write .*f: No sp
 
 
 def test_what_serve_refuses_is_one_line_and_nothing_is_changed(world: World) -> None:
-    for number, row in enumerate(REFUSED.strip().splitlines()):
+    for number, row in enumerate(NOT_SERVED.strip().splitlines()):
         place = world.directory / str(number)
         place.mkdir()
         prepare, options, message = row.format(place, "x" * 120).split("|", 2)
@@ -2879,10 +2881,6 @@ def test_a_lock_of_another_user_is_named_as_such(call: Call, world: World) -> No
     assert held.startswith(f"error: an agent (of user nobody) is serving {world.path} already; ")
     assert call(world, "serve").stderr.startswith(f"error: {lock} (of user nobody) is not ours; ")
     assert lock.read_text() == "1 but not the truth"
-    lock.unlink()
-    os.mkfifo(lock)
-    os.chown(lock, 65534, -1)
-    assert call(world, "serve").stderr.startswith(f"error: {lock} (of user nobody) is not a regular file; ")
 
 
 def test_the_socket_and_its_directories_have_the_permissions_asked_for(world: World) -> None:
@@ -2996,8 +2994,8 @@ def test_replace_ends_an_agent_and_takes_its_place(call: Call, world: World) -> 
 
 
 SHORT = """
-answer, coder_sync.REPLACE_TIMEOUT = coder_sync.Channel.answer, 1.5
-coder_sync.Channel.answer = lambda self, request, timeout: answer(self, request, 0.3)
+answer, coder_sync.REPLACE_TIMEOUT = coder_sync.Channel.result, 1.5
+coder_sync.Channel.result = lambda self, request, timeout: answer(self, request, 0.3)
 """  # time for an agent to end that is to be replaced
 
 
@@ -3171,6 +3169,7 @@ def test_a_run_that_cannot_report_its_commands_end_is_ended_by_a_signal_at_once(
         os.kill(pid, signal.SIGKILL)
         until(lambda process=process, pid=pid: not alive(pid) and process_state(process.pid) == "S")
         process.send_signal(number)
+    for number, process, _ in runs:
         assert process.wait(5) == 128 + number, number
 
 
@@ -3586,7 +3585,7 @@ def test_json_has_the_shape_that_scripts_expect(call: Call, agent: World) -> Non
 def test_what_a_wait_is_trying_ends_with_it(world: World) -> None:
     waits, codes = {}, {"time is up": 124, "TERM": 143, "HUP": 129, "QUIT": 131, "INT": 130}
     for how in codes:
-        probe = ["--ready", f"echo $$ >> '{how}'; sleep 60"]
+        probe = ["--ready", f"sleep 60 & echo $$ $! >> '{how}'; wait"]
         timeout = "500ms" if how == "time is up" else "60s"
         waits[how] = world.popen("wait", *probe, *probe, "--timeout", timeout), world.directory / how
     for how, (process, file) in waits.items():
@@ -3808,7 +3807,7 @@ def test_an_agent_that_does_not_end_when_told_to_is_named(world: World) -> None:
 def test_an_agent_that_stops_during_a_wait_is_noticed(world: World) -> None:
     agent = answering(world, altered(SOON, "serve", "-q"))
     processes = waiting(world)
-    for _ in range(5):  # until it has been silent for longer than REPLY_TIMEOUT, as is normal
+    for _ in range(3):  # until it has been silent for longer than REPLY_TIMEOUT, as is normal
         assert "waiting after" in line_of(processes[0].stdout)
     assert [process.poll() for process in processes] == [None] * len(processes)
     agent.send_signal(signal.SIGSTOP)
@@ -3841,8 +3840,8 @@ def test_a_client_that_waits_ends_at_a_signal(agent: World, under: list[str]) ->
         for process in waiting(agent, under):
             os.kill([*children_of(process.pid), process.pid][0], number)
             done = finish(process)
-            assert done.returncode % 256 == (128 + number if under or number == signal.SIGINT else -number % 256)
-            assert done.stderr == "" or not under
+            expected = 128 + number if under or number == signal.SIGINT else -number
+            assert (done.returncode, done.stderr) == (expected, "")
     served(agent)
 
 
@@ -3952,6 +3951,7 @@ def test_run_of_a_command_that_fails_fails_the_unit_and_skips_what_requires_it(a
     done = finish(agent.spawn(altered("coder_sync.LONGEST_DELAY = 0.15", *words)))
     tries = [f"a: try {n} of 3 after exit code 100, in {delay}s\n" for n, delay in ((2, 0.1), (3, 0.15))]
     assert (done.returncode, done.stderr) == (100, "".join(tries))
+    assert kinds_of(agent, "a")[-4:] == ["started", "retry", "retry", "failed"]
     done = finish(waiting)
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr.endswith('error: unit "b" skipped: dependency "a" failed (exit code 100)\n')
@@ -3994,12 +3994,16 @@ def test_a_run_that_may_not_complete_its_unit_ends_its_command(agent: World) -> 
     assert agent.client.status("a").reason == "no"
 
 
-def test_a_signal_between_two_tries_of_a_run_ends_it(agent: World) -> None:
-    run = agent.popen("run", "a", "--retry", "5", "--retry-delay", "10m", "--", "false")
-    assert line_of(run.stderr) == "a: try 2 of 6 after exit code 1, in 600s\n"
-    until(lambda: agent.client.status("a").owner.alive is None)  # not False: it is to be tried again
-    done, reason = stopped(run), "stopped between two tries; exit code 1"
-    assert (done.returncode, done.stderr, agent.client.status("a").reason) == (143, f"error: a: {reason}\n", reason)
+def test_a_signal_to_a_run_before_or_between_its_tries_ends_it(agent: World) -> None:
+    probed = agent.directory / "probed"
+    before = agent.popen("run", "a", "--ready", f"touch {probed}; sleep 60", "--", "true")
+    between = agent.popen("run", "b", "--retry", "5", "--retry-delay", "10m", "--", "false")
+    until(probed.exists)
+    assert line_of(between.stderr) == "b: try 2 of 6 after exit code 1, in 600s\n"
+    for unit, run, reason in (("a", before, "stopped"), ("b", between, "stopped between two tries; exit code 1")):
+        done = stopped(run)
+        assert (done.returncode, done.stderr) == (143, f"error: {unit}: {reason}\n")
+        assert agent.client.status(unit).reason == reason
 
 
 @pytest.mark.parametrize("first", ["", "coder complete a -q; "], ids=["completed-by-run", "completed-by-itself"])
@@ -4206,15 +4210,18 @@ def test_a_command_that_ends_has_all_that_its_units_run_ended(world: World) -> N
 
 
 @pytest.mark.parametrize("way", ["run u -- cat gate", "boot -q startup.d"], ids=["run", "boot"])
-def test_who_holds_a_unit_may_report_though_its_parents_start_was_refused(agent: World, gate: Gate, way: str) -> None:
+def test_who_holds_a_unit_may_report_and_a_parent_whose_start_was_refused_may_not(
+    agent: World, gate: Gate, way: str
+) -> None:
     startup(agent, {"u": "cat gate"})
-    script = f"coder {way} & echo; read x; coder start u; wait $!"
+    script = f"coder {way} & echo; read x; coder start u; coder complete u; wait $!"
     shell = agent.spawn(["sh", "-c", script], env=agent.shell_env(), stdin=subprocess.PIPE)
     gate.reached()
     assert shell.stdin
     shell.stdin.write("\n")
     shell.stdin.flush()
     until(lambda: "already started" in line_of(shell.stderr))
+    assert "does not count" in line_of(shell.stderr) and agent.status("u") == "started"
     gate.open()
     assert finish(shell).returncode == 0
     assert agent.status("u") == "completed"
@@ -4916,12 +4923,6 @@ STARTUPS = {
         unit("d", 2, None, 3, {"c": "start"}, status="skipped", reason="c", log="/d.log"),
         unit("f", 9, 9, None, {"b": "start"}, released_by="b", running_on=True),
     ),
-    "a dependency that was only to start": startup_of(
-        25,
-        unit("setup", 0, 0, 5),
-        unit("serve", 0, 5, 15, ["setup"], released_by="setup"),
-        unit("app", 0, 5, None, {"serve": "start"}, released_by="serve"),
-    ),
     "it began before that ended": startup_of(30, unit("a", 0, 0, 20), unit("b", 0, 5, 30, {"a": "start"})),
     "by way of what was skipped": startup_of(
         61,
@@ -5054,8 +5055,6 @@ critical path: apt-base 40s -> apt-tools 20s -> tools 40s -> ide 1m00s
 (100% of it)
 ? timeline: nothing: 40
 no units yet
-? summary: a dependency that was only to start
-25s in all (1 still running); critical path: setup 5.0s -> serve 0ms -> app 20s (100% of it)
 ? summary: it began before that ended
 30s in all; critical path: b 25s (83% of it)
 ? summary: by way of what was skipped
@@ -5155,10 +5154,6 @@ c M342.2 78V106; c M722.2 118V126; started 8.0,183 24.0x3; m 38.0,188 runs on as
 744.0,176 2.0x16; m 774.0,188 another try; skipped 8.0,201 24.0x6; m 38.0,208 skipped; completed 192.0,198 24.0x12; m \
 222.0,208 completed; failed 376.0,198 24.0x12; m 406.0,208 failed; completed k 560.0,198 24.0x12; m 590.0,208 on the \
 critical path
-? why: services: tools, db
-"db" completed 2m20s ago after running 20s; started by postgres -D /data (pid 42) at once; its process runs on.
-"tools" completed 1m00s ago after running 40s in 2 tries; started after waiting 1m00s, last for apt-tools; its output \
-is in /logs/tools.log.
 ? why: broken: mail, slow, catche, lint
 "mail" was skipped 15s ago because of "report".
 "slow" has not started: for 15s it has been waiting for "web".
@@ -5417,6 +5412,11 @@ def test_a_timeline_that_an_older_version_saved_is_read() -> None:
     keys = ("unit_name", "status", "reason", "registered", "waiting", "started", "ended", "released_by", "wants")
     old = {"seconds": data["seconds"], "units": [{key: row[key] for key in keys} for row in data["units"]]}
     assert coder_sync.read_timeline(json.dumps(old), "t.json").summary() == data["summary"]
+    units = [{"unit_name": name, "status": "pending", "registered": when} for name, when in (("a", 1.0), ("b", None))]
+    assert [bar.name for bar in coder_sync.read_timeline(json.dumps({"seconds": 2, "units": units}), "").rows] == [
+        "b",
+        "a",
+    ]
 
 
 def test_what_is_no_saved_timeline_is_refused_in_a_line() -> None:
@@ -5873,11 +5873,10 @@ def test_what_is_a_script_in_a_directory_and_that_a_path_may_be_one(world: World
     os.mkfifo(path / "pipe")
     shutil.copy("/bin/true", path / "10-true")  # a program needs no interpreter line
     assert list(planned(str(path))) == ["true", "b"]
-    assert list(planned(f"{path}/b", startup(world, {"c": "@want b"}, "other"))) == ["b", "c"]
+    assert list(planned(f"{path}/b", f"{path}/a.off", startup(world, {"c": "@want b"}, "other"))) == ["b", "a", "c"]
     (path / "c.d" / "x").touch()
     for other, why in (("nowhere", "No such file"), ("pipe", "it is no file"), ("c.d", "no executable files")):
         assert why in "".join(mistakes(f"{path}/{other}"))
-    assert list(planned(f"{path}/a.off")) == ["a"]
     assert mistakes("") == ["'': cannot be read: No such file or directory"]
 
 
@@ -6322,11 +6321,13 @@ def test_an_address_is_a_port_with_or_without_a_host_or_a_host_whose_port_is_kno
         assert str(caught.value).isprintable() and len(str(caught.value)) < 150
 
 
-@pytest.mark.skipif(not socket.has_ipv6, reason="no such protocol here")
-def test_a_port_without_a_host_is_one_of_this_machine_by_either_protocol() -> None:
-    for host, family in (("::1", socket.AF_INET6), ("127.0.0.1", socket.AF_INET)):
-        with socket.create_server((host, 0), family=family) as server:
-            coder_sync.connect(coder_sync.Probe(f"tcp:{server.getsockname()[1]}")).close()
+def test_a_port_without_a_host_may_also_be_one_of_ipv6() -> None:
+    try:
+        server = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("no such protocol here")
+    with server:
+        coder_sync.connect(coder_sync.Probe(f"tcp:{server.getsockname()[1]}")).close()
 
 
 WEB = "http://127.0.0.1:{}"
@@ -6342,7 +6343,7 @@ def answered(server: socket.socket, *answers: bytes) -> threading.Thread:
                 peer.sendall(part)
                 time.sleep(0.02)
 
-    thread = threading.Thread(target=answer)
+    thread = threading.Thread(target=answer, daemon=True)
     thread.start()
     return thread
 
@@ -6386,10 +6387,12 @@ def test_the_user_and_password_of_an_address_are_sent_and_never_shown(agent: Wor
 
 
 @needs_proc
-def test_a_try_that_hangs_ends_with_all_that_it_started(world: World) -> None:
-    probe = "timeout 60 sleep 60 & a=$!; setsid sleep 60 & echo $a $! $$ > pids; sleep 60"
-    prober = coder_sync.Prober(f"cd {world.directory}; {probe}", coder_sync.environment())
+def test_a_try_ends_with_all_that_it_started_also_if_it_hangs(world: World) -> None:
+    fails = "test -e failed || { sleep 60 & echo $! > failed; exit 1; }"
+    hangs = "timeout 60 sleep 60 & a=$!; setsid sleep 60 & echo $a $! $$ > pids; sleep 60"
+    prober = coder_sync.Prober(f"cd {world.directory}; {fails}; {hangs}", coder_sync.environment())
     pids = until(lambda: " ".join(read_lines(world.directory / "pids")).split())
+    assert not alive(int(read_lines(world.directory / "failed")[0]))
     prober.close()
     until(lambda: not any(alive(int(pid)) for pid in pids))
 
@@ -6667,13 +6670,10 @@ def test_signals_that_it_was_started_to_ignore_stay_ignored(world: World, gate: 
 
 
 @needs_proc
-def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_c(world: World, gate: Gate) -> None:
+def test_on_a_terminal_there_are_colours_a_status_line_and_control_c(world: World, gate: Gate) -> None:
     end, name = Gate(world, "end"), "a-unit-of-23-characters"
-    files = {name: "cat gate; echo hello; exec cat end", "b": f"@want {name}"}
-    boot, master = boot_on_terminal(
-        world, {**files, **{f"unit-of-23-characters-{i}": "exec sleep 60" for i in range(5)}}
-    )
-    seen = shown_on(master, b", +5 more")
+    boot, master = boot_on_terminal(world, {name: "cat gate; echo hello; exec cat end", "b": f"@want {name}"})
+    seen = shown_on(master, f"\r\033[K[0/2 ended, 1 waiting] {name} ".encode())
     gate.open()
     seen = shown_on(master, b"hello", seen)
     end.reached()  # with no shell that SIGINT might find between two commands
@@ -6685,10 +6685,6 @@ def test_on_a_terminal_there_are_colours_a_status_line_of_what_fits_and_control_
     assert boot.process.wait(PATIENCE) == 130
     shown = seen.decode()
     assert re.search(rf"\r\033\[K\033\[3[2-6]m{name}\033\[0m \| hello\r\n", shown) and "not started: b" in shown
-    lines = re.findall(r"\r\033\[K(\[[^\r^]*)", shown)
-    assert max(map(len, lines)) < 70 and "\u2026" not in shown
-    first = rf"\[0/7 ended, 1 waiting\] {name} [\d.]+m?s, \+5 more"
-    assert any(re.fullmatch(first, line) for line in lines), lines
     summary = shown.rpartition("signal 2\r\n")[2].splitlines()
     assert len(summary) == 2 and max(map(len, summary)) <= 70, "the last lines are wrapped"
 
@@ -6710,6 +6706,14 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
     for items, shown in {**lines, f"{a17} b c": " +3 more"}.items():
         out.draw_status("0 ended", items.split(), 0.0)
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
+
+
+def test_after_the_startup_lines_that_nobody_takes_are_dropped() -> None:
+    out = coder_sync.Output(["a"], quiet=False)
+    out.may_drop = True
+    for _ in range(1000):
+        out.lines("a", ["x" * 1000])
+    assert len(out.pending[1]) < coder_sync.FULL + 2000
 
 
 def test_the_prefix_is_as_wide_as_the_longest_name_and_never_red() -> None:
@@ -6833,7 +6837,7 @@ def test_what_a_process_1_does_not_reap_counts_as_gone(world: World) -> None:
 @NAMESPACES
 def test_without_proc_the_processes_of_a_command_are_those_of_its_group(world: World) -> None:
     files = {
-        "a": "@timeout 300ms\n@retry 1 0\n(trap '' TERM; sleep 60; sleep 50) & sleep 60",
+        "a": "@timeout 300ms\n(trap '' TERM; sleep 60; sleep 50) & sleep 60",
         "b": "sleep 0.2 & exit 3",
         "c": "@timeout 300ms\nsh -c \"trap 'echo ended; exit' TERM; sleep 60 & wait\" & exec sleep 60",
     }
@@ -7283,7 +7287,7 @@ def test_a_working_directory_that_is_gone_is_said_to_be(world: World) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("where", ["Boot.finish", "Boot.keep_time", "Stream.take", "Job.process_ended"])
+@pytest.mark.parametrize("where", ["Boot.finish", "Boot.keep_time", "Stream.feed", "Job.process_ended"])
 def test_an_unexpected_error_leaves_nothing_behind(world: World, where: str) -> None:
     fails = f"""
 import os
@@ -7369,14 +7373,12 @@ def test_many_units_are_claimed_in_one_step_though_it_takes_several_lines(agent:
     Boot(agent, files).ends(0, None, "boot: 35 completed")
 
 
-IMPATIENT = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT = 0.2, 1.0"
-
-
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: World, gate: Gate, how: str) -> None:
     server = world.serve()
     files = {"a": "@retry 1 1ms\ncat gate; echo a; exit 2", "b": "@want a\necho b", "c": "@retry 1 10m\nexit 1"}
-    boot = Boot(world, files, patch=f"{IMPATIENT}; coder_sync.REPORT_EVERY = 0.2")
+    impatient = "coder_sync.PING_AFTER, coder_sync.REPLY_TIMEOUT, coder_sync.REPORT_EVERY = 0.2, 1.0, 0.2"
+    boot = Boot(world, files, patch=impatient)
     gate.reached()
     server.send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     boot.says("went away" if how == "killed" else "has not answered for 1 s; is it stopped?")
@@ -7392,54 +7394,25 @@ def test_scripts_that_go_elsewhere_find_the_agent_of_a_relative_path(world: Worl
     boot.ends(0, f"a | UNIT\na | a\na | {world.directory}/s\n")
 
 
-class PlayedAgent:
-    """An agent that the test plays for a boot of one unit, `a`."""
-
-    def __init__(self, world: World, script: str) -> None:
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(world.path)
-            listener.listen()
-            self.boot = Boot(world, {"a": script})
-            self.peer = listener.accept()[0]
-        self.peer.settimeout(PATIENCE)
-        self.file = self.peer.makefile("rb")
-        self.answers(self.asked("boot"), result={"units": 1})
-        self.tells("started")
-        self.answers(self.asked("owner"), result={})
-
-    def says(self, **message: Any) -> None:
-        self.peer.sendall(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
-
-    def tells(self, status: str) -> None:
-        """Say what has become of the unit."""
-        self.says(method="unit", params={"unit": "a", "status": status})
-
-    def asked(self, method: str) -> Any:
-        """The next request, which must be this one."""
-        request = json.loads(self.file.readline())
-        assert request["method"] == method
-        return request
-
-    def answers(self, request: Any, **answer: Any) -> None:
-        self.says(id=request["id"], **answer)
+def when_reported(code: str) -> str:
+    """A patch: an agent that does this when the outcome of a unit is reported to it."""
+    body = f"def end(*args, was=coder_sync.Units.end):\n    {code}\n    return was(*args)"
+    return f"import os\n{body}\ncoder_sync.Units.end = end"
 
 
-@needs_proc
-@pytest.mark.parametrize("ready", [False, True])
-def test_a_script_whose_failure_does_not_count_has_died(world: World, gate: Gate, ready: bool) -> None:
-    agent = PlayedAgent(world, "@ready file:up\n: > up; cat gate; exit 3" if ready else "exit 3")
-    request = agent.asked("complete" if ready else "fail")
-    if ready:  # it ends before this is answered
-        gate.open()
-    else:
-        agent.tells("completed")
-        agent.answers(request, error={"code": 1, "message": "refused"})
-        request = agent.asked("running")
-    agent.answers(agent.asked("exited"), result={})
-    agent.answers(request, result={})
-    agent.tells("completed")
-    agent.answers(agent.asked("graph"), result={"now": 0, "nodes": []})
-    agent.boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
+REFUSED = {"code": 1, "message": "refused"}
+
+
+def test_a_service_that_ends_before_its_completion_is_answered_has_died(world: World, gate: Gate) -> None:
+    late = Gate(world, "late")
+    script = "@ready file:up\n: > up; cat gate; exit 3"
+    boot = Boot(world, {"a": script}, patch=when_reported("open('late').read()"))
+    late.reached()
+    gate.open()
+    until(lambda: not boot.scripts())
+    at_rest(boot.background())
+    late.open()
+    boot.ends(1, "", "died: a (completed, then ended: exit code 3); ")
 
 
 def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world: World, gate: Gate) -> None:
@@ -7457,16 +7430,11 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
 
 @pytest.mark.parametrize("ready", ["", "@ready file:up\n"], ids=["script", "service"])
 def test_what_completes_and_is_refused_is_ended_and_has_failed_for_good(world: World, gate: Gate, ready: str) -> None:
-    agent = PlayedAgent(world, f"{ready}@retry 1 0\n: > up; cat gate")
+    refuses = when_reported("if args[2].status == 'completed': raise coder_sync.Refused('refused')")
+    boot = Boot(world, {"a": f"{ready}@retry 1 0\n: > up; cat gate"}, patch=refuses)
     if not ready:
         gate.open()
-    agent.answers(agent.asked("complete"), error={"code": 1, "message": "refused"})
-    failed = agent.asked("fail")
-    assert failed["params"]["reason"] == "refused"
-    agent.answers(failed, result={})
-    agent.tells("failed")
-    agent.answers(agent.asked("graph"), result={"now": 0, "nodes": []})
-    agent.boot.ends(1, "", "failed: a (refused); ")
+    boot.ends(1, "", "failed: a (refused); ")
 
 
 def test_an_agent_that_answered_while_boot_was_held_up_itself_is_not_lost() -> None:
@@ -7483,37 +7451,31 @@ def test_an_agent_that_answered_while_boot_was_held_up_itself_is_not_lost() -> N
 
 
 @pytest.mark.parametrize(
-    ("script", "report", "told"),
-    [
-        ("exit 3", "fail", "1 failed\n"),
-        ("@ready true\ncat gate", "complete", "1 completed\nstill running: a\n"),
-    ],
+    ("script", "told"),
+    [("exit 3", "1 failed\n"), ("@ready true\ncat gate", "1 completed\nstill running: a\n")],
     ids=["failed", "service"],
 )
 def test_an_outcome_that_the_agent_did_not_answer_any_more_is_the_units(
-    world: World, gate: Gate, script: str, report: str, told: str
+    world: World, gate: Gate, script: str, told: str
 ) -> None:
-    agent = PlayedAgent(world, script)
-    agent.asked(report)
-    agent.file.close()
-    agent.peer.close()
-    assert agent.boot.process.wait(PATIENCE) == 3
+    answering(world, altered(when_reported("os._exit(0)"), "serve"))
+    boot = Boot(world, {"a": script})
+    assert boot.process.wait(PATIENCE) == 3
     if "gate" in script:
         gate.open()
-    agent.boot.ends(3, "", f"boot: {told}", leaves=True)
+    boot.ends(3, "", f"boot: {told}", leaves=True)
 
 
-@pytest.mark.parametrize("early", [True, False])
-def test_an_agent_that_is_stopped_does_not_hold_up_a_boot(world: World, gate: Gate, early: bool) -> None:
+def test_a_boot_at_an_agent_that_is_stopped_says_so_once(world: World) -> None:
+    stop(world.serve())
+    patch = "coder_sync.REPLY_TIMEOUT, coder_sync.CONNECT_TIMEOUT = 0.3, 0.5"
+    assert Boot(world, {"a": ""}, patch=patch).ends(3, "").count("is it stopped?") == 1
+
+
+def test_an_agent_that_is_stopped_does_not_hold_up_the_end_of_a_boot(world: World, gate: Gate) -> None:
     server = world.serve()
-    if early:
-        stop(server)
-    patch = f"{IMPATIENT.replace('1.0', '0.3' if early else '1000')}"
-    patch += "; coder_sync.CONNECT_TIMEOUT, coder_sync.STOPPED_TIMEOUT = 0.5, 1.0"
+    patch = "coder_sync.PING_AFTER, coder_sync.STOPPED_TIMEOUT = 0.2, 1.0"
     boot = Boot(world, {"a": "cat gate", "b": "@want a"}, patch=patch)
-    if early:
-        assert boot.ends(3, "").count("is it stopped?") == 1
-        return
     gate.reached()
     stop(server)
     boot.signal()
@@ -7607,22 +7569,10 @@ def shape(text: str, world: World) -> str:
     return re.sub(r" {2,}", "  ", re.sub(r"pid \d+", "pid PID", text)).strip()
 
 
-NC = """#!PYTHON
-import socket, sys
-sock = socket.socket(socket.AF_UNIX)
-sock.connect(sys.argv[-1])
-sock.sendall(sys.stdin.buffer.read())
-sock.shutdown(socket.SHUT_WR)
-print(sock.makefile().read(), end="")
-"""  # enough of `nc -NU PATH`, where there is none
-
-
 @pytest.mark.parametrize("session", examples(README), ids=lambda session: hyphenated(session[0][0]))
 def test_the_readme_shows_what_really_happens(session: list[tuple[str, str]], world: World) -> None:
-    if not shutil.which("nc"):
-        world.shell_env()
-        (world.directory / "bin" / "nc").write_text(NC.replace("PYTHON", sys.executable))
-        (world.directory / "bin" / "nc").chmod(0o755)
+    if not shutil.which("nc") and any("nc -" in command for command, _ in session):
+        pytest.skip("no nc here")
     world.install(world.directory / "coder_sync.py")
     script = "".join(f"{command}echo '=== next ==='\n" for command, _ in session)
     script += "kill $(./coder_sync.py ping | sed 's/.*pid \\([0-9]*\\),.*/\\1/')\n"
@@ -7814,16 +7764,13 @@ def odd_value(chance: random.Random, depth: int = 0) -> Any:
 
 def odd_line(chance: random.Random) -> bytes:
     """A request, mutated more or less."""
-    methods = [method for method in coder_sync.METHODS if method != "shutdown"]  # which would do as it says
-    method = chance.choice([*methods, *methods, "shutdown?", ""])
+    method = chance.choice([*(method for method in coder_sync.METHODS if method != "shutdown"), "shutdown?", ""])
     names = [*coder_sync.parameters(coder_sync.METHODS.get(method, coder_sync.Agent.do_ping)), "more"]
     params: Any = {name: odd_value(chance) for name in names if chance.random() < 0.7}
     if "unit" in params and chance.random() < 0.7:
         params.update(unit=chance.choice("abcdef"), requires="success", dependencies=chance.sample("abcdef", 2))
     message = {"jsonrpc": "2.0", "id": odd_value(chance, 2), "method": method, "params": params}
-    for key in list(message):
-        if chance.random() < 0.05:
-            message[key] = odd_value(chance)
+    message.update((key, odd_value(chance)) for key in [*message] if chance.random() < 0.05)
     line = bytearray(json.dumps(message).encode())
     for _ in range(chance.choice([0, 0, 0, 1, 1, 5, 100])):
         at = chance.randrange(len(line) + 1)
