@@ -692,6 +692,11 @@ a second copy's report does not count: start a #1 by=10; start a #2 by=20; fail 
 nor does that of one that lost while it waited:
     start b #1 a by=10; start b #2 by=20; want a; complete a; complete b by=20; complete b by=10
     => #1 ok, #2 AlreadyStarted, !Refused | a:completed b:completed
+nor does that of the command of a run:
+    start a #1 supervised by=10; own #1 by=20; start a #2 by=20; complete a by=20
+    => #1 ok, !AlreadyStarted, !Refused | a:started | says unit "a": a report of process 20 (script 20) does not count:
+    its start was refused, because the unit was started by run; if it is to be ended all the same, call from another
+    shell
 who started it may ask twice and report:
     start a #1 by=10; start a #2 by=10; complete a by=10 => #1 ok, !AlreadyStarted | a:completed
 who was refused once may start it later, and report:
@@ -7243,6 +7248,22 @@ def test_with_fail_fast_a_service_that_dies_ends_the_command_first(world: World)
     assert ended(world) == ["web", "db"]
 
 
+def test_with_fail_fast_a_service_that_dies_before_the_command_begins_keeps_it_from_that(world: World) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        os.write(writer, b"-" * (1 << 20))  # so that the summary has to wait
+    boot = Boot(world, STACK, "--fail-fast", "--", "echo", "on", stderr=writer)
+    os.close(writer)
+    until(lambda: serves(world) and world.status("web") == "completed")
+    at_rest(boot.background())
+    os.kill(pid_of(world, "api"), signal.SIGKILL)
+    until(lambda: ended(world) == ["web", "db"])
+    with open(reader, "rb") as file:
+        assert b"\nboot: echo is not run, since not all went well" in file.read()
+    boot.ends(1, "")
+
+
 @pytest.mark.parametrize("files", [{"a": ""}, STACK], ids=["alone", "beside-services"])
 def test_sockets_that_were_handed_over_are_for_the_command(world: World, files: dict[str, str]) -> None:
     become = "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.dup2(2, 3)"
@@ -7377,6 +7398,13 @@ def test_many_units_are_claimed_in_one_step_though_it_takes_several_lines(agent:
     somebody.close()
     until(lambda: agent.status(names[-1]) == "failed")
     Boot(agent, files).ends(0, None, "boot: 35 completed")
+
+
+def test_an_agent_refuses_nothing_of_a_boot_in_which_a_unit_is_skipped(world: World) -> None:
+    agent = world.serve(stderr=subprocess.PIPE)
+    Boot(world, {"a": "false", "b": "@want a"}).ends(1)
+    said = stopped(agent).stderr
+    assert "b: skipped" in said and "refused" not in said
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
