@@ -736,11 +736,10 @@ class Channel:
         return self._last_id
 
     def receive(self, timeout: float) -> dict[str, Any] | None:
-        """Return the next message, or None if none comes within `timeout` seconds. Raises Unreachable."""
+        """Return the next message, or None if nothing comes within `timeout` seconds. Raises Unreachable."""
         deadline = time.monotonic() + timeout
         while not self._lines:
-            self._read(deadline - time.monotonic())
-            if not self._lines and time.monotonic() >= deadline:
+            if not self._read(deadline - time.monotonic()) and time.monotonic() >= deadline:
                 return None
         line = bytes(self._lines.pop(0))
         try:
@@ -766,15 +765,15 @@ class Channel:
                 say(f"warning: {self.silence(late)}", 2)
         raise Unreachable(self.silence(REPLY_TIMEOUT))
 
-    def _read(self, timeout: float) -> None:
-        """Read what the agent has sent; wait for it `timeout` seconds at most. Raises Unreachable."""
+    def _read(self, timeout: float) -> bool:
+        """Read what the agent has sent; return False if nothing comes within `timeout` seconds. Raises Unreachable."""
         longest = 1.0 if posix.getpid() == 1 else LONGEST_POLL  # process 1 handles its signals between two waits
         self.sock.settimeout(min(max(timeout, 0.0), longest))
         try:
             chunk = self.sock.recv(65536)
         except OSError as error:
             if error.errno in (None, errno.EAGAIN):  # None: after a wait
-                return
+                return False
             chunk = b""
         if not chunk:
             raise Unreachable(f"the agent at {self.path} went away before it answered; is it still running?")
@@ -784,6 +783,7 @@ class Channel:
             self._lines += lines
         elif len(self._buffer) > MAX_REPLY:
             raise Unreachable(f"what answers at {self.path} is not a coder_sync agent: it sent an endless line")
+        return True
 
     def result(self, request: int, timeout: float = REPLY_TIMEOUT, quiet: float = 0.0) -> Any:
         """Return the result of a request, or raise the error in its answer.

@@ -701,9 +701,6 @@ who was refused once may start it later, and report:
 whoever waits for what is skipped is answered: want b a; start c #1 b; start c #2; wait #3 c; want a; fail a
     => #1 DependencyFailed, #2 DependencyFailed, #3 DependencyFailed | a:failed b:skipped c:skipped | says dependency
     "c" was skipped: dependency "b" was skipped: dependency "a" failed
-who asks later is told the whole cause: want b a; want a; fail a; start c #1 b
-    => #1 DependencyFailed | a:failed b:skipped c:skipped | says unit "c" skipped: dependency "b" was skipped:
-    dependency "a" failed
 # claims: each ends in one way
 time that is up ends a start, and fails the unit if it is held:
     start b #1 a within=5; start c #2 a within=5 held; sleep 4; sleep 1; want a; complete a
@@ -711,8 +708,6 @@ time that is up ends a start, and fails the unit if it is held:
     | says timeout waiting for dependencies of unit c: a not registered
 time that is up ends a wait:
     wait #1 a c within=5; sleep 5 => #1 TimedOut | | says timeout waiting for a, c: a not registered, c not registered
-time that is up ends the wait behind an answer on its way: start a #1 late; start a #2 within=1; sleep 1
-    => #1 ok, #2 TimedOut | a:started | says timeout waiting for dependencies of unit a: a started
 time counts no more after the start, nor if none was given:
     start a #1 within=5 held; start b #2 x; wait #3 x; sleep 99999 => #1 ok | a:started b:pending x:not-registered
 a start whose process ends is answered: start b #1 a held; quit #1
@@ -755,8 +750,6 @@ what dies has failed, and who waits is skipped:
 what its supervisor was told to end was stopped: start db #1 supervised; complete db #1 running; exit #1 code=1 stopped;
     start app #2 db
     => #1 ok, #2 DependencyFailed | app:skipped db:failed | says unit "app" skipped: dependency "db" failed (stopped)
-what another has ended was not: start a #1 supervised; complete a; exit #1 stopped
-    => #1 ok, #1 told a:completed | a:completed
 a boot is notified of a death: boot #b a; complete a #b.a running; exit #b.a code=1
     => #b a started, #b a completed, #b a failed | a:failed
 what runs on keeps a boot from running:
@@ -935,7 +928,7 @@ MAX_EDGES 2: want a b; wait #1 a b; wait #2 a; lose #2; want b c => !Refused
 MAX_WAITS 2: start b #1 a; wait #2 b; start c #3 a; wait #4 a; boot #b x y:x z:y; lose #2; start c #5 a
     => !Refused, !Refused, #b x started
 MAX_WAITS 1: start a #1 supervised; stop #2 a within=8; stop #3 a within=8; lose #2; stop #4 a within=8;
-    stop within=8 => #1 ok, #1 stop a in 8, !Refused
+    stop within=8; fail a #1 => #1 ok, #1 stop a in 8, !Refused, #4 stopped a, None stopped a
 MAX_LOCKS 2: start a #1 lock=k,l; start b #2 lock=k,l,m => #1 ok, !Refused
 """)
 def test_a_number_is_bounded(
@@ -1005,9 +998,6 @@ the places of a boot are no locks by name:
     complete a; show b waiting ready started released_by
     => b: locks k, blocked_by -, waits_for one of 1 places to run, which a has; c: locks l, blocked_by -, waits_for b;
     b: waiting 0, ready 0, started 1, released_by a
-a dependency that need not succeed is met by a failure:
-    start b #1 a!completion; want a; fail a oops; sleep 2.5; show b status dependencies
-    => b: status started, dependencies a/ended/failed/True/completion/2.5/oops/-/-
 times say when a unit did what, and who let it go last:
     sleep 1; start b #1 z a; sleep 1; want a; complete a; sleep 1; want z; complete z; sleep 1; complete b;
     sleep 1; start c #2 x; sleep 0.1234567; show b registered waiting ready started ended status released_by wants age;
@@ -1026,16 +1016,12 @@ a re-run begins anew:
     complete a; reset a; show a status registered waiting started ended owner released_by
     => a: status started, registered 2, waiting 2, started 3, ended -, reason -, exit_code -, age 0, released_by b;
     a: status pending, registered 3, waiting -, started -, ended -, owner -, released_by -
-a boot lasts from its claim on, also with units that are known for long:
-    want a; sleep 100; boot #b a; show a registered waiting => a: registered 100, waiting 100
 of a start whose answer found nobody no time is left:
     start c #1 late; sleep 1; lose #1; show c reason; start c #2 d; show c ready waiting
     => c: reason the client that asked for its start was gone; c: ready -, waiting 1
-a failure has an exit status, and success too: want a; fail a oops code=3; want b; complete b; show a reason exit_code;
-    show b reason exit_code => a: reason oops, exit_code 3; b: reason -, exit_code 0
 what runs, its tries and its probe are remembered: start a #1 held by=41; sleep 1; own #1 reason=tcp:1;
-    show a owner reason probe; retry #1; own #1 by=42; sleep 1; complete a; show a owner reason tries probe
-    => a: owner script 41, reason not ready yet: tcp:1, probe tcp:1; a: owner script 42, reason -, tries 1, probe -
+    show a owner reason probe; retry #1; own #1 by=42; show a reason; sleep 1; complete a; show a owner tries probe
+    => a: owner script 41, reason not ready yet: tcp:1, probe tcp:1; a: reason -; a: owner script 42, tries 1, probe -
 whether what ran for somebody is alive is looked at while it may be: start a #1 by=42; die 42; show a owner; complete a;
     show a owner => a: owner script 42, dead; a: owner script 42
 a service is completed as long as it lives:
@@ -1062,7 +1048,6 @@ so does a run: start a #1 supervised by=41; sleep 1; complete a #1 running; slee
     => a: reason lost: process 41 (script 41) ended; its command may still run; a: ended 1, exited 6, exit_reason lost;
     b: reason lost: the run that ran process 42 (script 42) ended without completing
 start a #1 held; lose #1; show a reason => a: reason lost: the process that held it ended without completing
-start a #1 held by=0; lose #1; show a reason => a: reason lost: process 0 ended without completing
 start a #1 b held by=42; lose #1; show a reason
     => a: reason lost: process 42 (script 42) waited for b (not registered), and its caller went away
 start a #1 b held; lose #1; show a reason
@@ -1076,14 +1061,9 @@ def test_what_is_known_of_a_unit(rules: Rules, steps: str, outcome: str) -> None
     assert "; ".join(rules.shown) == outcome
 
 
-def test_a_status_is_a_snapshot_and_an_unknown_name_stays_unknown(rules: Rules) -> None:
-    rules.play("start b #1 a")
-    before = rules.units.status("b")
-    rules.play("want a; complete a")
-    dependency = before.dependencies[0].current_status
-    assert (before.status, before.is_ready, dependency) == ("pending", False, "not registered")
-    assert rules.units.status("ghost") == coder_sync.UnitStatus("ghost", "not registered", True)
-    assert "ghost" not in statuses(rules.units)
+def test_an_unknown_name_stays_unknown(units: Units) -> None:
+    assert units.status("ghost") == UnitStatus("ghost", "not registered", True)
+    assert statuses(units) == {}
 
 
 def test_a_list_is_of_registered_units_by_name_unless_everything_is_asked_for(rules: Rules) -> None:
@@ -5385,19 +5365,11 @@ def test_an_svg_stands_alone() -> None:
     assert used <= set(re.findall(r"\.(\w+)", style)) | {"pending"}
 
 
-def test_a_graph_has_all_names_and_edges_whatever_the_names_are() -> None:
-    string, label = r'"((?:[^"\\]|\\.)*)"', r'\["((?:[^"\[\](){}<>|`;%\\]|#\d+;)*)"\]'
+def test_a_mermaid_graph_has_all_names_and_edges_whatever_the_names_are() -> None:
+    label = r'\["((?:[^"\[\](){}<>|`;%\\]|#\d+;)*)"\]'
     for graph in ANY:
         edges = [(d, u.unit_name, r) for u in graph.nodes for d, r in u.wants.items()]
         path = [bar.name for bar, _ in coder_sync.Startup(graph).path]
-        text = coder_sync.graph_dot(graph)
-        boxes = re.findall(rf'^  {string} \[fillcolor="#\w+", tooltip={string}([^"]*)\];$', text, re.M)
-        drawn = [(re.sub(r"\\(.)", r"\1", name), "peripheries" in more) for name, _, more in boxes]
-        assert drawn == [(u.unit_name, u.running_on) for u in graph.nodes]
-        arrows = re.findall(rf'^  {string} -> {string}(?: \[(?:label=(\w+))?[^"]*\])?;$', text, re.M)
-        assert [(*(re.sub(r"\\(.)", r"\1", name) for name in two), r or "success") for *two, r in arrows] == edges
-        assert text.count("\n") == 3 + len(boxes) + len(arrows)
-
         text = coder_sync.graph_mermaid(graph)
         boxes = re.findall(rf"^  (u\d+)(\(?){label}\)?:::(\w+)$", text, re.M)
         names = {ident: re.sub(r"#(\d+);", lambda code: chr(int(code[1])), name) for ident, _, name, _ in boxes}
@@ -6277,7 +6249,7 @@ def test_what_goes_on_behind_its_unit_is_heard_and_looked_after_until_it_ends(wo
 
 
 def test_the_time_limit_of_a_script_does_not_end_what_it_leaves(world: World, gate: Gate) -> None:
-    boot = Boot(world, {"a": "@timeout 1s\ncat gate &"})
+    boot = Boot(world, {"a": "@timeout 1s\ncat gate &"}, patch="coder_sync.CHECK_EVERY = 0.1")
     boot.ends(0, leaves=True)
     time.sleep(1.2)
     assert world.status("a") == "completed"
@@ -6515,6 +6487,17 @@ def test_what_a_service_says_is_taken_until_it_has_ended_also_from_another_user(
     boot.ends(0, "b | all\n", leaves=True)
 
 
+def test_a_service_that_speaks_without_end_is_slowed_down(world: World) -> None:
+    path = str(world.directory / "notify")
+    notified = coder_sync.NotifySocket(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"READY=1", path)
+    assert notified.ready()
+    began = time.monotonic()
+    assert all(notified.ready() for _ in range(20)) and time.monotonic() - began >= 0.1
+    notified.close()
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
 def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: World, make: Any) -> None:
     name = str(agent.directory / "it.svg")
@@ -6726,6 +6709,9 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
     for items, shown in {**lines, f"{a17} b c": " +3 more"}.items():
         out.draw_status("0 ended", items.split(), 0.0)
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
+    out.columns = 10
+    out.draw_status("0 ended", ["a", "b"], 0.0)
+    assert out.pending[1].endswith(b"\r\033[K0 ended +2 more")
 
 
 def test_after_the_startup_lines_that_nobody_takes_are_dropped() -> None:
@@ -7284,7 +7270,7 @@ def test_stay_tells_a_supervisor_from_the_process_that_was_called(world: World) 
 def test_a_boot_that_has_no_room_for_itself_says_so_in_a_line(world: World, name: str) -> None:
     error = "OSError(11, 'try again')" if name == "os.fork" else "RuntimeError('no thread')"
     full = f"import os, threading\ndef full(*args, **options):\n    raise {error}\n{name} = full"
-    told = Boot(world, {"a": "touch ran"}, patch=full).ends(1, "")
+    told = Boot(world, {"a": "touch ran"}, patch=f"{full}\ncoder_sync.CONNECT_TIMEOUT = 0.3").ends(1, "")
     assert told.startswith("error: ") and told.count("\n") == 1
     assert not (world.directory / "ran").exists()
 
@@ -7292,7 +7278,7 @@ def test_a_boot_that_has_no_room_for_itself_says_so_in_a_line(world: World, name
 @pytest.mark.parametrize("most", [6, 8, 10, 12, 14, 16])
 def test_with_few_descriptors_a_boot_works_or_says_so_in_a_line(world: World, most: int) -> None:
     limit = ["sh", "-c", f'ulimit -n {most}; exec "$@"', "-"]
-    boot = Boot(world, {"a": "exit"}, under=limit)
+    boot = Boot(world, {"a": "exit"}, patch="coder_sync.CONNECT_TIMEOUT = 0.3", under=limit)
     done = finish(boot.process)
     assert boot.left() == [] and "internal error" not in done.stderr and "Traceback" not in done.stderr, done
     assert done.returncode == 0 or "Too many open files" in done.stderr, done
