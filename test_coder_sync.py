@@ -3111,7 +3111,7 @@ print("err", file=sys.stderr)
 default = [n for n in range(1, 32) if signal.getsignal(n) not in (signal.SIG_DFL, signal.default_int_handler)]
 print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), [n for n in default if n not in (13, 25)])
 print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4], flush=True)
-os._exit(255)"""
+sys.exit(255)"""
     argv = [*words, "-q", "--", *PYTHON, code, "a b", "--", "-o"]
     ignore = lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # noqa: E731
     env = {**shared.env, "EXTRA": "x"}
@@ -6487,6 +6487,17 @@ def test_what_a_service_says_is_taken_until_it_has_ended_also_from_another_user(
     boot.ends(0, "b | all\n", leaves=True)
 
 
+def test_a_service_that_speaks_without_end_is_slowed_down(world: World) -> None:
+    path = str(world.directory / "notify")
+    notified = coder_sync.NotifySocket(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"READY=1", path)
+    assert notified.ready()
+    began = time.monotonic()
+    assert all(notified.ready() for _ in range(20)) and time.monotonic() - began >= 0.1
+    notified.close()
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
 def test_what_is_no_file_is_refused_in_a_line_wherever_a_file_is_named(agent: World, make: Any) -> None:
     name = str(agent.directory / "it.svg")
@@ -6698,6 +6709,9 @@ def test_the_status_line_has_what_fits_and_says_how_many_more_there_are() -> Non
     for items, shown in {**lines, f"{a17} b c": " +3 more"}.items():
         out.draw_status("0 ended", items.split(), 0.0)
         assert out.pending[1].rpartition(b"\r\033[K")[2].decode() == "0 ended" + shown
+    out.columns = 10
+    out.draw_status("0 ended", ["a", "b"], 0.0)
+    assert out.pending[1].endswith(b"\r\033[K0 ended +2 more")
 
 
 def test_after_the_startup_lines_that_nobody_takes_are_dropped() -> None:
