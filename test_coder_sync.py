@@ -1865,7 +1865,7 @@ NO_VALUES = {
 }
 
 
-def test_a_number_a_mode_and_a_group_are_read_and_what_is_none_is_refused_in_one_line(call: Call, world: World) -> None:
+def test_a_number_a_mode_or_a_group_is_read_or_refused_in_one_line(call: Call, world: World) -> None:
     for text, number in {"007": 7, "-9": -9}.items():
         assert coder_sync.parse(["complete", "a", "--exit-code", text])[1].exit_code == number
     for text, mode in {"660": 0o660, "0600": 0o600, "4755": 0o755}.items():
@@ -2496,7 +2496,7 @@ def test_connections_past_the_limit_are_told_so_and_the_others_go_on(call: Call,
 # -- clients that go away, or do not read -------------------------------------------------------------------
 
 
-def test_what_a_client_asked_before_it_hung_up_is_done_and_its_starts_are_left_to_others(world: World) -> None:
+def test_what_is_asked_before_a_hang_up_is_done_and_starts_are_left_to_others(world: World) -> None:
     agent = world.serve("-v")
     stop(agent)
     peers = [world.connect() for _ in range(3)]
@@ -3116,7 +3116,7 @@ print("err", file=sys.stderr)
 default = [n for n in range(1, 32) if signal.getsignal(n) not in (signal.SIG_DFL, signal.default_int_handler)]
 print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), [n for n in default if n not in (13, 25)])
 print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4], flush=True)
-os._exit(255)"""
+sys.exit(255)"""
     argv = [*words, "-q", "--", *PYTHON, code, "a b", "--", "-o"]
     ignore = lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # noqa: E731
     env = {**shared.env, "EXTRA": "x"}
