@@ -2204,7 +2204,7 @@ def test_many_clients_at_once_see_one_order_of_events(world: World) -> None:
 
 def test_nothing_but_the_log_follows_a_clock_that_is_set_back(world: World) -> None:
     changes = "import itertools, time; wall, calls = time.time, itertools.count()\n"
-    changes += "time.time = lambda: wall() - 3600 * (next(calls) > 6)"
+    changes += "time.time = lambda: wall() - 3600 * (next(calls) > 3)"  # of seven events; some Pythons log by it, too
     answering(world, altered(changes, "serve"), stderr=subprocess.DEVNULL)
     world.ok("start", "a")
     waits = world.popen("start", "b", "--want", "a", "--timeout", "20s")
@@ -2764,6 +2764,14 @@ def test_the_queue_of_the_log_is_bounded_and_so_is_its_end(tmp_path: Path, monke
         text += until(lambda: read_now(reader))
     assert "lost" not in text
     os.close(reader)
+
+
+def test_a_closed_log_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    log = coder_sync.Log(0)
+    log.close()
+    log.say("trouble of a thread that is left", 0)
+    log.close(PATIENCE)
+    assert capfd.readouterr().err == ""
 
 
 def read_now(fd: int) -> str:
@@ -7281,7 +7289,7 @@ def test_with_few_descriptors_a_boot_works_or_says_so_in_a_line(world: World, mo
     boot = Boot(world, {"a": "exit"}, patch="coder_sync.CONNECT_TIMEOUT = 0.3", under=limit)
     done = finish(boot.process)
     assert boot.left() == [] and "internal error" not in done.stderr and "Traceback" not in done.stderr, done
-    assert done.returncode == 0 or "Too many open files" in done.stderr, done
+    assert done.returncode == 0 or os.strerror(errno.EMFILE) in done.stderr, done
 
 
 def test_a_working_directory_that_is_gone_is_said_to_be(world: World) -> None:
