@@ -1860,7 +1860,7 @@ NO_VALUES = {
 }
 
 
-def test_a_number_a_mode_and_a_group_are_read_and_what_is_none_is_refused_in_one_line(call: Call, world: World) -> None:
+def test_a_number_a_mode_or_a_group_is_read_or_refused_in_one_line(call: Call, world: World) -> None:
     for text, number in {"007": 7, "-9": -9}.items():
         assert coder_sync.parse(["complete", "a", "--exit-code", text])[1].exit_code == number
     for text, mode in {"660": 0o660, "0600": 0o600, "4755": 0o755}.items():
@@ -2491,7 +2491,7 @@ def test_connections_past_the_limit_are_told_so_and_the_others_go_on(call: Call,
 # -- clients that go away, or do not read -------------------------------------------------------------------
 
 
-def test_what_a_client_asked_before_it_hung_up_is_done_and_its_starts_are_left_to_others(world: World) -> None:
+def test_what_is_asked_before_a_hang_up_is_done_and_starts_are_left_to_others(world: World) -> None:
     agent = world.serve("-v")
     stop(agent)
     peers = [world.connect() for _ in range(3)]
