@@ -4484,6 +4484,14 @@ def test_a_signal_ends_process_1_while_it_loads(world: World, form: str) -> None
 
 
 @BOTH_FORMS
+def test_garbage_is_collected_by_all_but_plain_calls(shared: World, world: World, form: str) -> None:
+    spy = "import gc, posix; end = posix._exit; posix._exit = lambda code: end(50 + gc.isenabled())\n"
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    for words, code in ((["--version"], 51), (["complete", "nobody"], 50)):
+        assert command(world, *PYTHON, spy + LAUNCH, tool(world, form), *words, env=env).returncode == code
+
+
+@BOTH_FORMS
 def test_a_damaged_file_is_said_to_be_one_in_one_line(world: World, form: str) -> None:
     path = Path(tool(world, form))
     whole = path.read_bytes()
