@@ -3100,7 +3100,8 @@ class Log:
         self._listener.queue.put(makeLogRecord({"msg": line[:3900], "lost": lost}))  # a pipe takes 4096 bytes at once
 
     def close(self, timeout: float = 0.5) -> None:
-        """Write the queued lines, for at most `timeout` seconds."""
+        """Write the queued lines, for at most `timeout` seconds, and no more from now on."""
+        self.level = -1
         if self._listener:
             self._listener.enqueue_sentinel()
             self._listener._thread.join(timeout)
