@@ -2509,7 +2509,8 @@ class Units:
         claim.owner = facts.owner = owner or claim.owner
         claim.unit.owner_is_command |= owner is not None
         facts.log, facts.probe, facts.probe_error = log, ready, ""
-        facts.reason = f"not ready yet: {ready}" if ready else ""
+        if claim.unit.status == STARTED:  # else others have ended it, and said why
+            facts.reason = f"not ready yet: {ready}" if ready else ""
 
     def retry(self, claim: Claim, detail: str) -> None:
         """Note that one more try of a started unit begins."""
