@@ -5272,6 +5272,10 @@ class Task:
     def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         """Handle an error as the answer to a report."""
 
+    def others_run(self) -> bool:
+        """Return whether other commands of ours run, and not as services, which may never end."""
+        return False
+
     # -- life cycle
 
     def enter(self, state: str, due: dict[Callable[[], None], float]) -> None:
@@ -5350,11 +5354,12 @@ class Task:
         return environment(self.env, **added)
 
     def not_begun(self, error: Exception) -> None:
-        """Begin again soon if resources are short and children of ours will free some; else the try has failed."""
+        """Begin again soon if resources are short and others of ours will free some; else the try has failed."""
         wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
-        if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
+        short = isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM
+        if short and self.others_run():
             self.enter(WAITING, {self.begin: time.monotonic() + CHECK_OFTEN})
         else:
             self.tries += 1
@@ -6322,6 +6327,9 @@ class Job(Task):
         self.stream.drain()  # also what its last process has printed
         super().gone()
 
+    def others_run(self) -> bool:
+        return any(job.lives() and not job.outcome for job in self.boot.active.values())
+
     def fail(self, reason: str) -> None:
         self.reason = reason
         super().fail(reason)
@@ -6748,18 +6756,18 @@ class Front:
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended everything and itself, for as long as that may take."""
-        self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
+        self.until(lambda: self.ended, self.grace + 3 * LAST_WAIT)
         if not self.ended:
             say("error: boot's background process has not ended; is it stopped?", 2)
 
     def run(self, stay: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
-        self.until(lambda: self.ended or self.received)
+        self.until(lambda: self.ended or self.received or self.signal)
         if stay and self.received and not self.signal:
             notify("READY=1")
-            self.until(lambda: self.ended or len(self.received) > 1)
+            self.until(lambda: self.ended or len(self.received) > 1 or self.signal)
         if os.getpid() == 1 and not self.command:  # the system would kill what still runs
-            self.until(lambda: self.ended)
+            self.until(lambda: self.ended or self.signal)
         if self.signal:
             self.wait_for_end()
             return 128 + self.signal

@@ -7246,6 +7246,21 @@ def test_a_key_of_the_terminal_reaches_the_command_once(world: World) -> None:
 
 
 @needs_proc
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_signal_is_obeyed_even_if_the_background_process_is_stopped(world: World, ready: bool) -> None:
+    files = {"db": service("db") if ready else "echo $$ > db.pid; sleep 60"}
+    boot = Boot(world, files, "--stay", "--grace", "0", patch="coder_sync.LAST_WAIT = 0.1")
+    boot.says("staying") if ready else until(lambda: read_lines(world.directory / "db.pid"))
+    background = boot.background()
+    os.kill(background, signal.SIGSTOP)
+    boot.signal()
+    boot.says("error: boot's background process has not ended; is it stopped?")
+    assert boot.process.wait(PATIENCE) == 143
+    os.kill(background, signal.SIGCONT)
+    boot.gone()
+
+
+@needs_proc
 def test_a_second_signal_gives_services_no_more_time(world: World) -> None:
     files = {"db": service("db", end=": > told; sleep 60; ")}
     boot = Boot(world, files, "-q", "--grace", "1m", "--", "sh", "-c", "echo on; exec sleep 60")
@@ -7391,6 +7406,9 @@ os.posix_spawnp = spawn
     (world.directory / "room").touch()
     gate.open()
     boot.ends(0, "late | late\n")
+    (world.directory / "room").unlink()  # while only services run, which may never end, nobody waits for room
+    boot = Boot(world, {"db": service("db"), "late": "@want db"}, "--", "true", patch=full)
+    boot.ends(1, "", "failed: late (cannot run", "late: Too many open files); ")
 
 
 def test_a_log_that_cannot_be_written_is_told_once_and_the_boot_goes_on(world: World) -> None:
