@@ -1027,8 +1027,8 @@ of a start whose answer found nobody no time is left:
 what runs, its tries and its probe are remembered: start a #1 held by=41; sleep 1; own #1 reason=tcp:1;
     show a owner reason probe; retry #1; own #1 by=42; show a reason; sleep 1; complete a; show a owner tries probe
     => a: owner script 41, reason not ready yet: tcp:1, probe tcp:1; a: reason -; a: owner script 42, tries 1, probe -
-but not in place of why others have ended it: start a #1 supervised; fail a oops; own #1 reason=tcp:1; show a reason probe
-    => a: reason oops, probe tcp:1
+but not in place of why others have ended it:
+    start a #1 supervised; fail a oops; own #1 reason=tcp:1; show a reason probe => a: reason oops, probe tcp:1
 whether what ran for somebody is alive is looked at while it may be: start a #1 by=42; die 42; show a owner; complete a;
     show a owner => a: owner script 42, dead; a: owner script 42
 a service is completed as long as it lives:
