@@ -6674,7 +6674,7 @@ coder_sync.signal_to = spy
     files = {"left": "(trap '' TERM; : > up; cat end) & while ! test -e up; do :; done; exit 3"}
     files.update(deaf="@timeout 50ms\ntrap '' TERM; exec cat gate", obeys="@timeout 50ms\nsleep 60 & sleep 60")
     end = Gate(world, "end")
-    told = Boot(world, files, "--grace", "100ms", patch=spy).ends(1, "", leaves=True)
+    told = Boot(world, files, "--grace", "500ms", patch=spy).ends(1, "", leaves=True)
     gate.open(), end.open()
     lines = read_lines(world.directory / "signals")
     pids = re.findall(r"(?:exit code 3|timed out after 50ms); cannot be killed: (\d+) \(", told)
