@@ -4301,7 +4301,7 @@ class Startup:
 
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
-        self.first = min((u.registered or 0.0 for u in known), default=0.0)
+        self.first = min((u.registered or 0.0 for u in known), default=graph.now)
         times = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
         goes_on = any(u.status == STARTED or u.is_waiting for u in known) or all(u.ended is None for u in known)
         self.last = max([self.first, *times, *([graph.now] if goes_on else [])])

@@ -5418,6 +5418,7 @@ def test_the_timeline_as_json_has_times_since_the_first_sign() -> None:
         **{"exit_code": None, "is_waiting": False, "locks": [], "blocked_by": {}, "running_on": False},
         "exit_reason": "",
     }
+    assert coder_sync.timeline_data(STARTUPS["nothing"])["seconds"] == 0
 
 
 def test_a_timeline_that_an_older_version_saved_is_read() -> None:
