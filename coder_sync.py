@@ -960,7 +960,8 @@ class BaseClient:
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """Do the same as `want`, but return `dependencies` and `status` of the unit."""
-        return vars(record(Result, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires)))
+        result = record(Result, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires))
+        return {"unit": result.unit, "dependencies": result.dependencies, "status": result.status}
 
     def start(
         self,
@@ -7311,7 +7312,7 @@ def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
     if args.output != "text" and (args.blame or args.compare):
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
-    graph = make_client(args).graph()
+    client = make_client(args)
     if args.compare:
         try:
             with open(open_file(args.compare), "rb") as f:
@@ -7319,11 +7320,11 @@ def cmd_timeline(args: Args) -> None:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
-        put(compare_text(before, Startup(graph)))
+        put(compare_text(before, Startup(client.graph())))
     elif args.blame:
-        put(blame_text(graph, terminal()[0]))
+        put(blame_text(client.graph(), terminal()[0]))
     else:
-        put(timeline_as(args.output, graph, *terminal()))
+        put(timeline_as(args.output, client.graph(), *terminal()))
 
 
 @Command("graph pip-install --output mermaid", units_argument("all"), output_option("tree", "dot", "mermaid", "json"))
@@ -7512,8 +7513,8 @@ def cmd_completion(args: Args) -> None:
         path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
         put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    if args.shell == "bash":
-        line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
+    line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT") or "0")]
+    if args.shell == "bash" and line:
         found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
     else:
         found = candidates(args.command)

@@ -2025,6 +2025,7 @@ def test_a_word_is_completed_to_what_may_stand_there(call: Call, agent: World) -
     for line, words in COMPLETIONS.items():
         found = call.ok(agent, "completion", "zsh", "--", *line.replace("PATH", agent.path).split(" "))
         assert found.splitlines() == words, line
+    assert call.ok(agent, "completion", "bash", "--", "star") == "start\n"  # without the variables of bash
     assert coder_sync.bash_candidates("coder_sync.py completion 'ba", "'ba") == []  # a quote is open
     stop(agent.processes[0])
     began = time.monotonic()
@@ -4723,6 +4724,7 @@ def test_calls_return_typed_results(agent: World) -> None:
     client = agent.client
     assert client.ping()["version"] == coder_sync.__version__
     assert (client.want("a", "b"), client.want("a", "c")) == (["b"], ["b", "c"])
+    assert client.declare("a", "c") == {"unit": "a", "dependencies": ["b", "c"], "status": "pending"}
     started = client.start("b")
     assert (started.unit, started.dependencies, started.waited >= 0) == ("b", [], True)
     client.complete("b")
@@ -5614,6 +5616,8 @@ $ timeline --compare DIR -> 2: cannot read DIR: Is a directory
 $ timeline --compare DIR/bad.json -> 2: DIR/bad.json is not a timeline as `timeline -o json` prints it
 """
     play(call, little, transcript.replace("DIR", str(tmp_path)))
+    words = ("--compare", f"{tmp_path}/none.json", "--socket-path", f"{tmp_path}/none")
+    assert call(little, "timeline", *words).returncode == 2  # the agent is asked last
 
 
 def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call) -> None:
