@@ -5552,7 +5552,8 @@ class Task:
         try:
             unwrap(message)
         except SyncError as error:
-            if method == "complete" and not isinstance(error, Unreachable):
+            may_fail = self.lives() or self.own_session  # if the command of `run` has ended, its exit status counts
+            if method == "complete" and may_fail and not isinstance(error, Unreachable):
                 self.reported = ""
                 self.stop(str(error))
             else:

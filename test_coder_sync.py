@@ -4008,6 +4008,12 @@ def test_a_run_that_may_not_complete_its_unit_ends_its_command(agent: World) -> 
     assert agent.client.status("a").reason == "no"
 
 
+def test_a_run_whose_unit_others_have_failed_returns_the_status_of_a_command_that_ends(agent: World) -> None:
+    done = agent.run("run", "a", "--", sys.executable, "-IS", str(FILE), "fail", "a", "--reason", "no")
+    assert (done.returncode, agent.client.status("a").reason) == (0, "no")
+    assert done.stderr.startswith("warning: a: its outcome (exit code 0) may not have been reported: ")
+
+
 def test_a_signal_to_a_run_before_or_between_its_tries_ends_it(agent: World) -> None:
     probed = agent.directory / "probed"
     before = agent.popen("run", "a", "--ready", f"touch {probed}; sleep 60", "--", "true")
