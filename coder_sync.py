@@ -2918,9 +2918,11 @@ class Units:
         unit.refused = [*unit.refused, *filter(None, by)][-100:]
         owner, holder = self._owner(unit), unit.holder
         own = [other for other in by if other and owner and (other.pid, other.born) == (owner.pid, owner.born)]
-        if own and holder and holder.boot:
-            hint = "its script need not call start; what it waits for is a header: # coder-sync: want NAME"
-            return AlreadyStarted(f'unit "{unit.name}" was started by boot; {hint}')
+        if own and holder and holder.supervisor:
+            hint = "run; its command need not call start"
+            if holder.boot:
+                hint = "boot; its script need not call start; what it waits for is a header: # coder-sync: want NAME"
+            return AlreadyStarted(f'unit "{unit.name}" was started by {hint}')
         if unit.status in ENDED:
             return AlreadyStarted(f"{unit.still_runs()}: stop it first")
         whose = owner_text(owner, " by ") + gone_hint(unit.name, owner)
@@ -2928,10 +2930,12 @@ class Units:
 
     def _check_report(self, unit: Unit, status: str, by: Owner | None) -> None:
         """Raise Refused if a report does not count: from a second copy of a script, or during a stop."""
-        owner = unit.facts.owner
+        owner, supervisor = unit.facts.owner, unit.supervisor()
         refused = [(other.pid, other.born) for other in unit.refused]
-        if by and (by.pid, by.born) in refused and (not owner or by.pid != owner.pid):
-            why = f"its start was refused, because the unit was started{owner_text(owner, ' by ')}"
+        own = by and owner and by.pid == owner.pid
+        if by and (by.pid, by.born) in refused and not (own and (not supervisor or supervisor.boot)):
+            whose = " by run" if own else owner_text(owner, " by ")
+            why = f"its start was refused, because the unit was started{whose}"
             text = f"a report of {self._process_text(by)} does not count: {why}"
             hint = "if it is to be ended all the same, call from another shell"
             raise Refused(f'unit "{unit.name}": {text}; {hint}')
@@ -3097,7 +3101,8 @@ class Log:
         self._listener.queue.put(makeLogRecord({"msg": line[:3900], "lost": lost}))  # a pipe takes 4096 bytes at once
 
     def close(self, timeout: float = 0.5) -> None:
-        """Write the queued lines, for at most `timeout` seconds."""
+        """Write the queued lines, for at most `timeout` seconds, and no more from now on."""
+        self.level = -1
         if self._listener:
             self._listener.enqueue_sentinel()
             self._listener._thread.join(timeout)
@@ -5531,7 +5536,7 @@ class Task:
         """Handle an outcome that somebody else has reported."""
         if outcome == COMPLETED and self.lives():
             self.report("running")
-        self.settle(outcome, runs_on=True)
+        self.settle(outcome, runs_on=self.state != WAITING or bool(self.due))  # unless it has not begun
 
     def settle(self, outcome: str, runs_on: bool) -> None:
         """Note the outcome. A command whose unit has failed gets `grace` seconds to tidy up."""
@@ -6409,7 +6414,7 @@ class Boot:
 
     def after_startup(self, code: int) -> int:
         """Let the front go on, and be the parent of what still runs until it has ended; return the exit status."""
-        self.started_up, self.report_at, self.out.status_at, self.out.may_drop = True, NEVER, NEVER, True
+        self.report_at, self.out.status_at, self.out.may_drop = NEVER, NEVER, True
         command = self.options.command
         if self.options.stay and not self.signal:
             self.out.say("boot: staying until a signal", self.options.quiet)
@@ -6427,7 +6432,8 @@ class Boot:
         self.until(self.printed)
         self.out.flush()
         if runs_on:
-            self.tell_front(code)
+            self.started_up = True
+            self.tell_front(code or int(bool(self.stopping)))  # with --fail-fast, a service may have died meanwhile
             os.chdir("/")
             self.until(lambda: not self.runs())
         return 128 + self.signal if self.signal else code
@@ -6663,7 +6669,7 @@ class Boot:
             self.until(self.printed)
         if self.options.timeline:
             self.options.timeline(graph)
-        return 3 if lost else int(bad)
+        return 3 if lost else int(bad or bool(self.stopping))
 
     def summary(self, graph: Graph) -> str:
         """Return which units failed, with their last lines, which were skipped and why, and how long it took."""

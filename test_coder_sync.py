@@ -692,6 +692,11 @@ a second copy's report does not count: start a #1 by=10; start a #2 by=20; fail 
 nor does that of one that lost while it waited:
     start b #1 a by=10; start b #2 by=20; want a; complete a; complete b by=20; complete b by=10
     => #1 ok, #2 AlreadyStarted, !Refused | a:completed b:completed
+nor does that of the command of a run:
+    start a #1 supervised by=10; own #1 by=20; start a #2 by=20; complete a by=20
+    => #1 ok, !AlreadyStarted, !Refused | a:started | says unit "a": a report of process 20 (script 20) does not count:
+    its start was refused, because the unit was started by run; if it is to be ended all the same, call from another
+    shell
 who started it may ask twice and report:
     start a #1 by=10; start a #2 by=10; complete a by=10 => #1 ok, !AlreadyStarted | a:completed
 who was refused once may start it later, and report:
@@ -1860,7 +1865,7 @@ NO_VALUES = {
 }
 
 
-def test_a_number_a_mode_and_a_group_are_read_and_what_is_none_is_refused_in_one_line(call: Call, world: World) -> None:
+def test_a_number_a_mode_or_a_group_is_read_or_refused_in_one_line(call: Call, world: World) -> None:
     for text, number in {"007": 7, "-9": -9}.items():
         assert coder_sync.parse(["complete", "a", "--exit-code", text])[1].exit_code == number
     for text, mode in {"660": 0o660, "0600": 0o600, "4755": 0o755}.items():
@@ -2204,7 +2209,7 @@ def test_many_clients_at_once_see_one_order_of_events(world: World) -> None:
 
 def test_nothing_but_the_log_follows_a_clock_that_is_set_back(world: World) -> None:
     changes = "import itertools, time; wall, calls = time.time, itertools.count()\n"
-    changes += "time.time = lambda: wall() - 3600 * (next(calls) > 6)"
+    changes += "time.time = lambda: wall() - 3600 * (next(calls) > 3)"  # of seven events; some Pythons log by it, too
     answering(world, altered(changes, "serve"), stderr=subprocess.DEVNULL)
     world.ok("start", "a")
     waits = world.popen("start", "b", "--want", "a", "--timeout", "20s")
@@ -2491,7 +2496,7 @@ def test_connections_past_the_limit_are_told_so_and_the_others_go_on(call: Call,
 # -- clients that go away, or do not read -------------------------------------------------------------------
 
 
-def test_what_a_client_asked_before_it_hung_up_is_done_and_its_starts_are_left_to_others(world: World) -> None:
+def test_what_is_asked_before_a_hang_up_is_done_and_starts_are_left_to_others(world: World) -> None:
     agent = world.serve("-v")
     stop(agent)
     peers = [world.connect() for _ in range(3)]
@@ -2764,6 +2769,14 @@ def test_the_queue_of_the_log_is_bounded_and_so_is_its_end(tmp_path: Path, monke
         text += until(lambda: read_now(reader))
     assert "lost" not in text
     os.close(reader)
+
+
+def test_a_closed_log_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    log = coder_sync.Log(0)
+    log.close()
+    log.say("trouble of a thread that is left", 0)
+    log.close(PATIENCE)
+    assert capfd.readouterr().err == ""
 
 
 def read_now(fd: int) -> str:
@@ -3129,7 +3142,7 @@ print("err", file=sys.stderr)
 default = [n for n in range(1, 32) if signal.getsignal(n) not in (signal.SIG_DFL, signal.default_int_handler)]
 print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), [n for n in default if n not in (13, 25)])
 print([n for n in range(100) if os.path.exists(f"/dev/fd/{n}")][:4], flush=True)
-os._exit(255)"""
+sys.exit(255)"""
     argv = [*words, "-q", "--", *PYTHON, code, "a b", "--", "-o"]
     ignore = lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # noqa: E731
     env = {**shared.env, "EXTRA": "x"}
@@ -4498,6 +4511,14 @@ def test_ctrl_c_while_it_loads_ends_it_without_a_word(world: World, form: str) -
 def test_a_signal_ends_process_1_while_it_loads(world: World, form: str) -> None:
     done = command(world, *UNSHARE, *PYTHON, HOOK.replace("SIGINT", "SIGTERM") + LAUNCH, tool(world, form), "serve")
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+@BOTH_FORMS
+def test_garbage_is_collected_by_all_but_plain_calls(shared: World, world: World, form: str) -> None:
+    spy = "import gc, posix; end = posix._exit; posix._exit = lambda code: end(50 + gc.isenabled())\n"
+    env = {**world.shell_env(), "CODER_AGENT_SOCKET_PATH": shared.path}
+    for words, code in ((["--version"], 51), (["complete", "nobody"], 50)):
+        assert command(world, *PYTHON, spy + LAUNCH, tool(world, form), *words, env=env).returncode == code
 
 
 @BOTH_FORMS
@@ -7268,6 +7289,22 @@ def test_with_fail_fast_a_service_that_dies_ends_the_command_first(world: World)
     assert ended(world) == ["web", "db"]
 
 
+def test_with_fail_fast_a_service_that_dies_before_the_command_begins_keeps_it_from_that(world: World) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        os.write(writer, b"-" * (1 << 20))  # so that the summary has to wait
+    boot = Boot(world, STACK, "--fail-fast", "--", "echo", "on", stderr=writer)
+    os.close(writer)
+    until(lambda: serves(world) and world.status("web") == "completed")
+    at_rest(boot.background())
+    os.kill(pid_of(world, "api"), signal.SIGKILL)
+    until(lambda: ended(world) == ["web", "db"])
+    with open(reader, "rb") as file:
+        assert b"\nboot: echo is not run, since not all went well" in file.read()
+    boot.ends(1, "")
+
+
 @pytest.mark.parametrize("files", [{"a": ""}, STACK], ids=["alone", "beside-services"])
 def test_sockets_that_were_handed_over_are_for_the_command(world: World, files: dict[str, str]) -> None:
     become = "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.dup2(2, 3)"
@@ -7306,7 +7343,7 @@ def test_with_few_descriptors_a_boot_works_or_says_so_in_a_line(world: World, mo
     boot = Boot(world, {"a": "exit"}, patch="coder_sync.CONNECT_TIMEOUT = 0.3", under=limit)
     done = finish(boot.process)
     assert boot.left() == [] and "internal error" not in done.stderr and "Traceback" not in done.stderr, done
-    assert done.returncode == 0 or "Too many open files" in done.stderr, done
+    assert done.returncode == 0 or os.strerror(errno.EMFILE) in done.stderr, done
 
 
 def test_a_working_directory_that_is_gone_is_said_to_be(world: World) -> None:
@@ -7402,6 +7439,13 @@ def test_many_units_are_claimed_in_one_step_though_it_takes_several_lines(agent:
     somebody.close()
     until(lambda: agent.status(names[-1]) == "failed")
     Boot(agent, files).ends(0, None, "boot: 35 completed")
+
+
+def test_an_agent_refuses_nothing_of_a_boot_in_which_a_unit_is_skipped(world: World) -> None:
+    agent = world.serve(stderr=subprocess.PIPE)
+    Boot(world, {"a": "false", "b": "@want a"}).ends(1)
+    said = stopped(agent).stderr
+    assert "b: skipped" in said and "refused" not in said
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
