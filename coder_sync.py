@@ -1362,6 +1362,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 if __name__ == "__main__" and quick(sys.argv[1:]):  # a plain call needs nothing from below
+    SELF = None  # closed: it may be in the place of a standard stream
     main()
 if SELF:  # by `launch`
     rest, SELF = code_in(SELF, True), None
@@ -3873,7 +3874,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
     """
     import fcntl
 
-    deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
+    deadline, holder = time.monotonic() + REPLACE_TIMEOUT, modified(lock)
     while True:
         late = replace and (not replace(path) or time.monotonic() > deadline)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # do not wait for the other end of a pipe
@@ -3894,7 +3895,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
                 pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
-            if holder not in (0, found.st_mtime_ns):  # another agent holds it now, and has as much time to end
+            if found.st_mtime_ns != holder:  # another agent holds it now, and has as much time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
                 remove(lock, found)
@@ -3902,6 +3903,14 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
             time.sleep(0.02)
         except FileNotFoundError:
             pass
+
+
+def modified(path: str) -> int:
+    """Return when a file was modified, in nanoseconds; 0 if there is none."""
+    try:
+        return os.lstat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def file_owner(path: str) -> str:

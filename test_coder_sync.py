@@ -3048,6 +3048,24 @@ def test_of_several_that_replace_one_that_does_not_end_one_is_left(world: World)
     until(lambda: serves(world, next(process.pid for process in several if process.poll() is None)))
 
 
+def test_a_lock_that_is_anothers_by_the_time_its_holder_has_not_answered_is_kept(tmp_path: Path) -> None:
+    path = str(tmp_path / "s.lock")
+    holders = [coder_sync.hold_lock(path, "s", None)]
+
+    def ask(_: str) -> bool:
+        if len(holders) == 1:
+            os.unlink(path)
+            time.sleep(0.02)  # the time of a file is not exact
+            holders.append(coder_sync.hold_lock(path, "s", None))
+            return False
+        assert os.path.samestat(os.stat(path), os.fstat(holders[1].fileno()))
+        holders[1].close()
+        return True
+
+    coder_sync.hold_lock(path, "s", ask).close()
+    assert len(holders) == 2
+
+
 # -- its end ----------------------------------------------------------------------------------------------------
 
 
@@ -3900,6 +3918,13 @@ def test_what_is_done_is_done_even_if_nobody_can_read_it(agent: World, output: s
     assert done.stderr.count("\n") == (output == ">&-")
     rows = [(u.unit_name, u.status) for u in agent.client.list()]
     assert rows == [("a", "started"), ("b", "completed"), ("c", "completed")]
+
+
+@LINUX
+def test_our_own_file_takes_the_place_of_no_closed_stream(agent: World) -> None:
+    call = agent.spawn(["sh", "-c", f"exec '{FILE}' start b --want a <&- >&- 2>&-"], env=agent.shell_env())
+    agent.waiting("b")
+    assert [os.readlink(f"/proc/{call.pid}/fd/{fd}") for fd in range(3)] == ["/dev/null"] * 3
 
 
 def test_names_are_written_in_any_locale(mixed: World) -> None:
