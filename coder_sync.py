@@ -960,7 +960,8 @@ class BaseClient:
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """Do the same as `want`, but return `dependencies` and `status` of the unit."""
-        return vars(record(Result, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires)))
+        result = record(Result, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires))
+        return {"unit": result.unit, "dependencies": result.dependencies, "status": result.status}
 
     def start(
         self,
@@ -1361,6 +1362,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 if __name__ == "__main__" and quick(sys.argv[1:]):  # a plain call needs nothing from below
+    SELF = None  # closed: it may be in the place of a standard stream
     main()
 if SELF:  # by `launch`
     rest, SELF = code_in(SELF, True), None
@@ -3873,7 +3875,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
     """
     import fcntl
 
-    deadline, holder = time.monotonic() + REPLACE_TIMEOUT, 0
+    deadline, holder = time.monotonic() + REPLACE_TIMEOUT, modified(lock)
     while True:
         late = replace and (not replace(path) or time.monotonic() > deadline)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # do not wait for the other end of a pipe
@@ -3894,7 +3896,7 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
                 pid = (file.read(20) or b"").decode(errors="replace").strip()
                 who = f" (pid {pid})" if pid.isdecimal() else ""
                 raise in_the_way(f"an agent{who}{file_owner(lock)} is serving {path} already", END_IT) from None
-            if holder not in (0, found.st_mtime_ns):  # another agent holds it now, and has as much time to end
+            if found.st_mtime_ns != holder:  # another agent holds it now, and has as much time to end
                 deadline = time.monotonic() + REPLACE_TIMEOUT
             elif late:
                 remove(lock, found)
@@ -3902,6 +3904,14 @@ def hold_lock(lock: str, path: str, replace: Callable[[str], bool] | None) -> io
             time.sleep(0.02)
         except FileNotFoundError:
             pass
+
+
+def modified(path: str) -> int:
+    """Return when a file was modified, in nanoseconds; 0 if there is none."""
+    try:
+        return os.lstat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def file_owner(path: str) -> str:
@@ -4302,7 +4312,7 @@ class Startup:
 
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
-        self.first = min((u.registered or 0.0 for u in known), default=0.0)
+        self.first = min((u.registered or 0.0 for u in known), default=graph.now)
         times = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
         goes_on = any(u.status == STARTED or u.is_waiting for u in known) or all(u.ended is None for u in known)
         self.last = max([self.first, *times, *([graph.now] if goes_on else [])])
@@ -5557,7 +5567,8 @@ class Task:
         try:
             unwrap(message)
         except SyncError as error:
-            if method == "complete" and not isinstance(error, Unreachable):
+            may_fail = self.lives() or self.own_session  # if the command of `run` has ended, its exit status counts
+            if method == "complete" and may_fail and not isinstance(error, Unreachable):
                 self.reported = ""
                 self.stop(str(error))
             else:
@@ -7320,7 +7331,7 @@ def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
     if args.output != "text" and (args.blame or args.compare):
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
-    graph = make_client(args).graph()
+    client = make_client(args)
     if args.compare:
         try:
             with open(open_file(args.compare), "rb") as f:
@@ -7328,11 +7339,11 @@ def cmd_timeline(args: Args) -> None:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
-        put(compare_text(before, Startup(graph)))
+        put(compare_text(before, Startup(client.graph())))
     elif args.blame:
-        put(blame_text(graph, terminal()[0]))
+        put(blame_text(client.graph(), terminal()[0]))
     else:
-        put(timeline_as(args.output, graph, *terminal()))
+        put(timeline_as(args.output, client.graph(), *terminal()))
 
 
 @Command("graph pip-install --output mermaid", units_argument("all"), output_option("tree", "dot", "mermaid", "json"))
@@ -7521,8 +7532,8 @@ def cmd_completion(args: Args) -> None:
         path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
         put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    if args.shell == "bash":
-        line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
+    line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT") or "0")]
+    if args.shell == "bash" and line:
         found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
     else:
         found = candidates(args.command)

@@ -2027,6 +2027,7 @@ def test_a_word_is_completed_to_what_may_stand_there(call: Call, agent: World) -
     for line, words in COMPLETIONS.items():
         found = call.ok(agent, "completion", "zsh", "--", *line.replace("PATH", agent.path).split(" "))
         assert found.splitlines() == words, line
+    assert call.ok(agent, "completion", "bash", "--", "star") == "start\n"  # without the variables of bash
     assert coder_sync.bash_candidates("coder_sync.py completion 'ba", "'ba") == []  # a quote is open
     stop(agent.processes[0])
     began = time.monotonic()
@@ -3049,6 +3050,24 @@ def test_of_several_that_replace_one_that_does_not_end_one_is_left(world: World)
     until(lambda: serves(world, next(process.pid for process in several if process.poll() is None)))
 
 
+def test_a_lock_that_is_anothers_by_the_time_its_holder_has_not_answered_is_kept(tmp_path: Path) -> None:
+    path = str(tmp_path / "s.lock")
+    holders = [coder_sync.hold_lock(path, "s", None)]
+
+    def ask(_: str) -> bool:
+        if len(holders) == 1:
+            os.unlink(path)
+            time.sleep(0.02)  # the time of a file is not exact
+            holders.append(coder_sync.hold_lock(path, "s", None))
+            return False
+        assert os.path.samestat(os.stat(path), os.fstat(holders[1].fileno()))
+        holders[1].close()
+        return True
+
+    coder_sync.hold_lock(path, "s", ask).close()
+    assert len(holders) == 2
+
+
 # -- its end ----------------------------------------------------------------------------------------------------
 
 
@@ -3903,6 +3922,13 @@ def test_what_is_done_is_done_even_if_nobody_can_read_it(agent: World, output: s
     assert rows == [("a", "started"), ("b", "completed"), ("c", "completed")]
 
 
+@LINUX
+def test_our_own_file_takes_the_place_of_no_closed_stream(agent: World) -> None:
+    call = agent.spawn(["sh", "-c", f"exec '{FILE}' start b --want a <&- >&- 2>&-"], env=agent.shell_env())
+    agent.waiting("b")
+    assert [os.readlink(f"/proc/{call.pid}/fd/{fd}") for fd in range(3)] == ["/dev/null"] * 3
+
+
 def test_names_are_written_in_any_locale(mixed: World) -> None:
     for locale in ("C", "POSIX", "C.UTF-8"):
         done = mixed.run("want", "\u00fcberschrift", locale, env={**mixed.env, "LC_ALL": locale})
@@ -4007,6 +4033,12 @@ def test_a_run_that_may_not_complete_its_unit_ends_its_command(agent: World) -> 
     assert done.returncode == 143
     assert done.stderr.startswith('error: a: unit "a" is failed (no) and cannot become completed: ')
     assert agent.client.status("a").reason == "no"
+
+
+def test_a_run_whose_unit_others_have_failed_returns_the_status_of_a_command_that_ends(agent: World) -> None:
+    done = agent.run("run", "a", "--", sys.executable, "-IS", str(FILE), "fail", "a", "--reason", "no")
+    assert (done.returncode, agent.client.status("a").reason) == (0, "no")
+    assert done.stderr.startswith("warning: a: its outcome (exit code 0) may not have been reported: ")
 
 
 def test_a_signal_to_a_run_before_or_between_its_tries_ends_it(agent: World) -> None:
@@ -4725,6 +4757,7 @@ def test_calls_return_typed_results(agent: World) -> None:
     client = agent.client
     assert client.ping()["version"] == coder_sync.__version__
     assert (client.want("a", "b"), client.want("a", "c")) == (["b"], ["b", "c"])
+    assert client.declare("a", "c") == {"unit": "a", "dependencies": ["b", "c"], "status": "pending"}
     started = client.start("b")
     assert (started.unit, started.dependencies, started.waited >= 0) == ("b", [], True)
     client.complete("b")
@@ -5420,6 +5453,7 @@ def test_the_timeline_as_json_has_times_since_the_first_sign() -> None:
         **{"exit_code": None, "is_waiting": False, "locks": [], "blocked_by": {}, "running_on": False},
         "exit_reason": "",
     }
+    assert coder_sync.timeline_data(STARTUPS["nothing"])["seconds"] == 0
 
 
 def test_a_timeline_that_an_older_version_saved_is_read() -> None:
@@ -5615,6 +5649,8 @@ $ timeline --compare DIR -> 2: cannot read DIR: Is a directory
 $ timeline --compare DIR/bad.json -> 2: DIR/bad.json is not a timeline as `timeline -o json` prints it
 """
     play(call, little, transcript.replace("DIR", str(tmp_path)))
+    words = ("--compare", f"{tmp_path}/none.json", "--socket-path", f"{tmp_path}/none")
+    assert call(little, "timeline", *words).returncode == 2  # the agent is asked last
 
 
 def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call) -> None:
