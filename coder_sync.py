@@ -6444,7 +6444,8 @@ class Boot:
         self.out.flush()
         if runs_on:
             self.started_up = True
-            self.tell_front(code or int(bool(self.stopping)))  # with --fail-fast, a service may have died meanwhile
+            died = self.stopping and not self.options.always  # with --fail-fast, a service may have died meanwhile
+            self.tell_front(code or int(bool(died)))
             os.chdir("/")
             self.until(lambda: not self.runs())
         return 128 + self.signal if self.signal else code
