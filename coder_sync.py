@@ -5569,7 +5569,8 @@ class Task:
         except SyncError as error:
             may_fail = self.lives() or self.own_session  # if the command of `run` has ended, its exit status counts
             if method == "complete" and may_fail and not isinstance(error, Unreachable):
-                self.reported = ""
+                if self.reported == COMPLETED:
+                    self.reported = ""
                 self.stop(str(error))
             else:
                 self.not_reported(method, params, error)
@@ -6361,6 +6362,8 @@ class Job(Task):
             self.reported = COMPLETED
             self.report("running")
             self.exited()
+        else:  # others may have failed it just before it completed
+            self.reported = status
         if status != COMPLETED:
             self.boot.after_failure("failed")
 

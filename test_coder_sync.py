@@ -7535,6 +7535,15 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
 
 
 @pytest.mark.parametrize("ready", ["", "@ready file:up\n"], ids=["script", "service"])
+def test_what_others_fail_just_before_it_completes_has_their_reason(world: World, gate: Gate, ready: str) -> None:
+    others = "args[2].status == 'completed' and was(*args[:2], coder_sync.Outcome('failed', 'by others'))"
+    boot = Boot(world, {"a": f"{ready}: > up; cat gate"}, patch=when_reported(others))
+    if not ready:
+        gate.open()
+    boot.ends(1, "", "failed: a (by others); ")
+
+
+@pytest.mark.parametrize("ready", ["", "@ready file:up\n"], ids=["script", "service"])
 def test_what_completes_and_is_refused_is_ended_and_has_failed_for_good(world: World, gate: Gate, ready: str) -> None:
     refuses = when_reported("if args[2].status == 'completed': raise coder_sync.Refused('refused')")
     boot = Boot(world, {"a": f"{ready}@retry 1 0\n: > up; cat gate"}, patch=refuses)
