@@ -5663,7 +5663,10 @@ class Run(Task):
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
-        else:  # only processes that it has left: end them at once
+        elif self.state == SETTLED:  # only what a service has left
+            self.status = 128 + number
+            self.end("stopped")
+        else:  # that is being ended: do it at once
             self.end("", deadline=0.0)
 
     def notified(self, method: str, params: Result) -> None:

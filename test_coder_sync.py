@@ -6847,6 +6847,19 @@ def test_a_signal_to_a_run_that_ends_what_its_command_has_left_kills_that(agent:
 
 
 @needs_proc
+def test_a_signal_to_a_run_leaves_a_service_in_the_background_time_to_end(agent: World) -> None:
+    daemon = "trap 'echo bye; exit' TERM; : > up; while :; do sleep 0.01; done"
+    script = f'setsid sh -c "{daemon}" & echo $$; until test -e go; do sleep 0.01; done'
+    run = agent.popen("run", "a", "--ready", "file:up", "--", "sh", "-c", script)
+    first = int(line_of(run.stdout))
+    happened(agent, "a", "completed")
+    (agent.directory / "go").touch()
+    until(lambda: not alive(first))
+    done = stopped(run)
+    assert (done.returncode, done.stdout, agent.client.status("a").reason) == (143, "bye\n", "stopped")
+
+
+@needs_proc
 def test_a_signal_to_a_run_ends_also_what_hides_from_its_command(agent: World) -> None:
     script = "env -i PATH=$PATH setsid sh -c 'echo $$; exec sleep 60' & sleep 60"
     run = agent.popen("run", "a", "--", "sh", "-c", script)
