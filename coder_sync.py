@@ -6575,7 +6575,7 @@ class Boot:
             raise
         self.answered = True
         self.jobs = {unit: job for unit, job in self.jobs.items() if unit not in done}
-        self.unfinished = len(self.jobs)
+        self.unfinished = sum(not job.outcome for job in self.jobs.values())  # a unit may be skipped as it is claimed
         if self.host:
             self.host.accept()
         if self.host and self.options.resume:

@@ -7492,6 +7492,14 @@ def test_an_agent_refuses_nothing_of_a_boot_in_which_a_unit_is_skipped(world: Wo
     assert "b: skipped" in said and "refused" not in said
 
 
+def test_a_unit_that_is_skipped_as_it_is_claimed_does_not_hold_up_its_boot(agent: World) -> None:
+    agent.client.start("x")
+    agent.client.fail("x")
+    files = {"a": "@extern x\n@want x", "b": "echo b"}
+    Boot(agent, files).ends(1, "b | b\n")
+    assert agent.status("a") == "skipped"
+
+
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_when_the_agent_goes_away_what_runs_ends_and_nothing_new_starts(world: World, gate: Gate, how: str) -> None:
     server = world.serve()
