@@ -5251,6 +5251,7 @@ class Task:
         self.reported_error = ""  # of the probe, as the agent knows it
         self.why = ""  # why the latest try failed, or was ended
         self.kill_at = 0.0  # when to send KILL, in state ENDING
+        self.give_up_at = NEVER  # when to go on although KILL, which was sent, has not ended all
         self.stopped = ""  # why there will be no further try
         self.reported = ""  # the outcome of the unit, COMPLETED or FAILED, that we or others have reported
         self.runs_on = False  # whether the unit has its outcome, and the agent waits for `exited`
@@ -5450,7 +5451,7 @@ class Task:
         if self.state == ENDING:
             self.kill_at = min(self.kill_at, deadline)
             return
-        self.why, self.kill_at = why, deadline
+        self.why, self.kill_at, self.give_up_at = why, deadline, NEVER
         others_at = (now + deadline) / 2 if self.family.first_alive else now
         self.enter(ENDING, {self.terminate_others: others_at, self.check_left: now})
         self.close_prober(ended=False)
@@ -5467,13 +5468,14 @@ class Task:
         now = time.monotonic()
         if not self.family.scan(self.loop.processes):
             self.gone()
-        elif self.state == ENDING and now >= self.kill_at + LAST_WAIT:
+        elif self.state == ENDING and now >= self.give_up_at:
             left = [f"{pid} ({command_of(pid)})" for pid in self.family.pids()]
             self.why += f"; cannot be killed: {some_names(left)}" if left else "; what is left of it cannot be seen"
             self.gone()
         elif self.state == ENDING:
             self.due[self.check_left] = now + CHECK_OFTEN
             if now >= self.kill_at:
+                self.give_up_at = min(self.give_up_at, now + LAST_WAIT)
                 self.family.kill()
         elif not self.family.first_alive:
             self.due[self.check_left] = now + CHECK_EVERY

@@ -7310,6 +7310,20 @@ def test_a_signal_is_obeyed_even_if_the_background_process_is_stopped(world: Wor
 
 
 @needs_proc
+def test_what_is_to_end_is_killed_even_if_the_background_process_was_stopped_meanwhile(world: World) -> None:
+    files = {"db": service("db", end='trap "" TERM; : > told; exec sleep 60; ')}
+    boot = Boot(world, files, "--stay", "--grace", "500ms", patch="coder_sync.LAST_WAIT = 0.1")
+    boot.says("staying")
+    background = boot.background()
+    boot.signal()
+    until((world.directory / "told").exists)
+    os.kill(background, signal.SIGSTOP)
+    time.sleep(0.7)
+    os.kill(background, signal.SIGCONT)
+    boot.gone()
+
+
+@needs_proc
 def test_a_second_signal_gives_services_no_more_time(world: World) -> None:
     files = {"db": service("db", end=": > told; sleep 60; ")}
     boot = Boot(world, files, "-q", "--grace", "1m", "--", "sh", "-c", "echo on; exec sleep 60")
