@@ -7535,10 +7535,10 @@ def bash_candidates(line: str, word: str) -> list[str]:
     import shlex
 
     try:
-        words = shlex.split(line.rstrip("\\"))
+        words = shlex.split(line + ".")  # so that there is a last word, also behind a blank or a backslash
     except ValueError:  # a quote is open
         return []
-    words += [""] if line[-1:].isspace() else []
+    words[-1] = words[-1][:-1]
     size = len(words[-1]) - len(word.replace("\\", ""))  # of the part that bash leaves as it is
     return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[size:]) for found in candidates(words[1:])]
 

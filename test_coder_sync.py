@@ -2069,6 +2069,7 @@ TYPED = {  # before the Tab, and after
     "star": "start ",
     "start x:": "start x:only ",
     "start a:b": "start a:b ",
+    "start my\\ ": "start my\\ unit ",
     "start my\\ u": "start my\\ unit ",
     "start it": "start it\\'s\\ \\$\\(exit\\) ",
     "list --output=j": "list --output=json ",
