@@ -6888,7 +6888,7 @@ def application(python: str) -> bytes:
         source = source_in(file.read())
     call = source.split(b"\n", 2)[2].partition(b'"""')[0]
     launcher = call.split(b"'")[1].replace(b"argv[1]", b"argv[0]")
-    call = call.replace(b"python3", shlex.quote(python or "python3").encode(), 1)
+    call = call.replace(b"python3", os.fsencode(shlex.quote(python or "python3")), 1)
     about = f"# coder_sync {__version__}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`)\n"
     data = io.BytesIO((b"#!/bin/sh\n" + about.encode() + call).ljust(PLACE, b"\n"))
     above, below = (ask_python(python, *COMPILING, data=half) for half in halves(source))

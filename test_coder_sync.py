@@ -4574,6 +4574,14 @@ def test_the_same_input_gives_the_same_copy(world: World) -> None:
         assert copy.read_bytes() == installed().read_bytes()
 
 
+@LINUX
+def test_the_path_of_the_python_may_be_any(world: World) -> None:
+    python = str(world.directory / "it's \udcff")
+    os.symlink(sys.executable, python)
+    assert install(world, "--python", python, "copy", errors="replace").returncode == 0
+    assert command(world, "./copy", "--version").stdout == f"coder_sync {coder_sync.__version__}\n"
+
+
 def test_another_python_runs_it_from_the_source_and_serve_says_so_once(world: World) -> None:
     others = [path for version, path in pythons().items() if "3.08" <= version < "3.14"]
     if not others:
