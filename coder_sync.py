@@ -960,7 +960,8 @@ class BaseClient:
 
     def declare(self, unit: str, *dependencies: str, requires: Requirement = SUCCESS) -> dict[str, Any]:
         """Do the same as `want`, but return `dependencies` and `status` of the unit."""
-        return vars(record(Result, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires)))
+        result = record(Result, self._call("want", unit=unit, dependencies=list(dependencies), requires=requires))
+        return {"unit": result.unit, "dependencies": result.dependencies, "status": result.status}
 
     def start(
         self,
@@ -2510,7 +2511,8 @@ class Units:
         claim.owner = facts.owner = owner or claim.owner
         claim.unit.owner_is_command |= owner is not None
         facts.log, facts.probe, facts.probe_error = log, ready, ""
-        facts.reason = f"not ready yet: {ready}" if ready else ""
+        if claim.unit.status == STARTED:  # else others have ended it, and said why
+            facts.reason = f"not ready yet: {ready}" if ready else ""
 
     def retry(self, claim: Claim, detail: str) -> None:
         """Note that one more try of a started unit begins."""
@@ -4310,7 +4312,7 @@ class Startup:
 
     def __init__(self, graph: Graph) -> None:
         known = [u for u in graph.nodes if u.status != NOT_REGISTERED]
-        self.first = min((u.registered or 0.0 for u in known), default=0.0)
+        self.first = min((u.registered or 0.0 for u in known), default=graph.now)
         times = [t for u in known for t in (u.waiting, u.started, u.ended) if t is not None]
         goes_on = any(u.status == STARTED or u.is_waiting for u in known) or all(u.ended is None for u in known)
         self.last = max([self.first, *times, *([graph.now] if goes_on else [])])
@@ -5280,6 +5282,10 @@ class Task:
     def not_reported(self, method: str, params: Object, error: SyncError) -> None:
         """Handle an error as the answer to a report."""
 
+    def others_run(self) -> bool:
+        """Return whether other commands of ours run, and not as services, which may never end."""
+        return False
+
     # -- life cycle
 
     def enter(self, state: str, due: dict[Callable[[], None], float]) -> None:
@@ -5358,11 +5364,12 @@ class Task:
         return environment(self.env, **added)
 
     def not_begun(self, error: Exception) -> None:
-        """Begin again soon if resources are short and children of ours will free some; else the try has failed."""
+        """Begin again soon if resources are short and others of ours will free some; else the try has failed."""
         wrong = error if isinstance(error, CommandError) else cannot_run(self.command[0], error)
         cause = error.__cause__ or error
         self.why, self.code = str(wrong), wrong.exit_code
-        if self.loop.children and (isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM):
+        short = isinstance(cause, RuntimeError) or getattr(cause, "errno", 0) in NO_ROOM
+        if short and self.others_run():
             self.enter(WAITING, {self.begin: time.monotonic() + CHECK_OFTEN})
         else:
             self.tries += 1
@@ -5560,8 +5567,10 @@ class Task:
         try:
             unwrap(message)
         except SyncError as error:
-            if method == "complete" and not isinstance(error, Unreachable):
-                self.reported = ""
+            may_fail = self.lives() or self.own_session  # if the command of `run` has ended, its exit status counts
+            if method == "complete" and may_fail and not isinstance(error, Unreachable):
+                if self.reported == COMPLETED:
+                    self.reported = ""
                 self.stop(str(error))
             else:
                 self.not_reported(method, params, error)
@@ -5654,7 +5663,10 @@ class Run(Task):
             self.family.scan(self.loop.processes)  # as in `end`
             if not sent_by_key(number):
                 signal_to(self.family.pid, number)
-        else:  # only processes that it has left: end them at once
+        elif self.state == SETTLED:  # only what a service has left
+            self.status = 128 + number
+            self.end("stopped")
+        else:  # that is being ended: do it at once
             self.end("", deadline=0.0)
 
     def notified(self, method: str, params: Result) -> None:
@@ -6330,6 +6342,9 @@ class Job(Task):
         self.stream.drain()  # also what its last process has printed
         super().gone()
 
+    def others_run(self) -> bool:
+        return any(job.lives() and not job.outcome for job in self.boot.active.values())
+
     def fail(self, reason: str) -> None:
         self.reason = reason
         super().fail(reason)
@@ -6350,6 +6365,8 @@ class Job(Task):
             self.reported = COMPLETED
             self.report("running")
             self.exited()
+        else:  # others may have failed it just before it completed
+            self.reported = status
         if status != COMPLETED:
             self.boot.after_failure("failed")
 
@@ -6433,7 +6450,8 @@ class Boot:
         self.out.flush()
         if runs_on:
             self.started_up = True
-            self.tell_front(code or int(bool(self.stopping)))  # with --fail-fast, a service may have died meanwhile
+            died = self.stopping and not self.options.always  # with --fail-fast, a service may have died meanwhile
+            self.tell_front(code or int(bool(died)))
             os.chdir("/")
             self.until(lambda: not self.runs())
         return 128 + self.signal if self.signal else code
@@ -6557,7 +6575,7 @@ class Boot:
             raise
         self.answered = True
         self.jobs = {unit: job for unit, job in self.jobs.items() if unit not in done}
-        self.unfinished = len(self.jobs)
+        self.unfinished = sum(not job.outcome for job in self.jobs.values())  # a unit may be skipped as it is claimed
         if self.host:
             self.host.accept()
         if self.host and self.options.resume:
@@ -6756,18 +6774,18 @@ class Front:
 
     def wait_for_end(self) -> None:
         """Wait until the background process has ended everything and itself, for as long as that may take."""
-        self.until(lambda: self.ended, self.grace + 2 * LAST_WAIT)
+        self.until(lambda: self.ended, self.grace + 3 * LAST_WAIT)
         if not self.ended:
             say("error: boot's background process has not ended; is it stopped?", 2)
 
     def run(self, stay: bool) -> int:
         """Return the exit status, unless COMMAND takes our place. Raises CommandError."""
-        self.until(lambda: self.ended or self.received)
+        self.until(lambda: self.ended or self.received or self.signal)
         if stay and self.received and not self.signal:
             notify("READY=1")
-            self.until(lambda: self.ended or len(self.received) > 1)
+            self.until(lambda: self.ended or len(self.received) > 1 or self.signal)
         if os.getpid() == 1 and not self.command:  # the system would kill what still runs
-            self.until(lambda: self.ended)
+            self.until(lambda: self.ended or self.signal)
         if self.signal:
             self.wait_for_end()
             return 128 + self.signal
@@ -7320,7 +7338,7 @@ def cmd_timeline(args: Args) -> None:
     """Show where the time went."""
     if args.output != "text" and (args.blame or args.compare):
         raise UsageError("--output is the form of the timeline itself; --blame and --compare print text")
-    graph = make_client(args).graph()
+    client = make_client(args)
     if args.compare:
         try:
             with open(open_file(args.compare), "rb") as f:
@@ -7328,11 +7346,11 @@ def cmd_timeline(args: Args) -> None:
                 before = read_timeline(f.read(MAX_REPLY), args.compare)
         except OSError as error:
             raise UsageError(f"cannot read {args.compare}: {error.strerror}") from None
-        put(compare_text(before, Startup(graph)))
+        put(compare_text(before, Startup(client.graph())))
     elif args.blame:
-        put(blame_text(graph, terminal()[0]))
+        put(blame_text(client.graph(), terminal()[0]))
     else:
-        put(timeline_as(args.output, graph, *terminal()))
+        put(timeline_as(args.output, client.graph(), *terminal()))
 
 
 @Command("graph pip-install --output mermaid", units_argument("all"), output_option("tree", "dot", "mermaid", "json"))
@@ -7521,8 +7539,8 @@ def cmd_completion(args: Args) -> None:
         path = shlex.quote(os.path.abspath(FILE)).replace("'", "'\\''")
         put(SHELL_SCRIPTS[args.shell].replace("PROGRAM", shlex.quote(PROGRAM)).replace("FILE", path))
         return
-    if args.shell == "bash":
-        line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT"))]
+    line = os.fsencode(getenv("COMP_LINE"))[: number(getenv("COMP_POINT") or "0")]
+    if args.shell == "bash" and line:
         found = bash_candidates(line.decode(errors="surrogateescape"), [*args.command, ""][1])
     else:
         found = candidates(args.command)

@@ -1027,6 +1027,8 @@ of a start whose answer found nobody no time is left:
 what runs, its tries and its probe are remembered: start a #1 held by=41; sleep 1; own #1 reason=tcp:1;
     show a owner reason probe; retry #1; own #1 by=42; show a reason; sleep 1; complete a; show a owner tries probe
     => a: owner script 41, reason not ready yet: tcp:1, probe tcp:1; a: reason -; a: owner script 42, tries 1, probe -
+but not in place of why others have ended it:
+    start a #1 supervised; fail a oops; own #1 reason=tcp:1; show a reason probe => a: reason oops, probe tcp:1
 whether what ran for somebody is alive is looked at while it may be: start a #1 by=42; die 42; show a owner; complete a;
     show a owner => a: owner script 42, dead; a: owner script 42
 a service is completed as long as it lives:
@@ -2025,6 +2027,7 @@ def test_a_word_is_completed_to_what_may_stand_there(call: Call, agent: World) -
     for line, words in COMPLETIONS.items():
         found = call.ok(agent, "completion", "zsh", "--", *line.replace("PATH", agent.path).split(" "))
         assert found.splitlines() == words, line
+    assert call.ok(agent, "completion", "bash", "--", "star") == "start\n"  # without the variables of bash
     assert coder_sync.bash_candidates("coder_sync.py completion 'ba", "'ba") == []  # a quote is open
     stop(agent.processes[0])
     began = time.monotonic()
@@ -4033,6 +4036,12 @@ def test_a_run_that_may_not_complete_its_unit_ends_its_command(agent: World) -> 
     assert agent.client.status("a").reason == "no"
 
 
+def test_a_run_whose_unit_others_have_failed_returns_the_status_of_a_command_that_ends(agent: World) -> None:
+    done = agent.run("run", "a", "--", sys.executable, "-IS", str(FILE), "fail", "a", "--reason", "no")
+    assert (done.returncode, agent.client.status("a").reason) == (0, "no")
+    assert done.stderr.startswith("warning: a: its outcome (exit code 0) may not have been reported: ")
+
+
 def test_a_signal_to_a_run_before_or_between_its_tries_ends_it(agent: World) -> None:
     probed = agent.directory / "probed"
     before = agent.popen("run", "a", "--ready", f"touch {probed}; sleep 60", "--", "true")
@@ -4757,6 +4766,7 @@ def test_calls_return_typed_results(agent: World) -> None:
     client = agent.client
     assert client.ping()["version"] == coder_sync.__version__
     assert (client.want("a", "b"), client.want("a", "c")) == (["b"], ["b", "c"])
+    assert client.declare("a", "c") == {"unit": "a", "dependencies": ["b", "c"], "status": "pending"}
     started = client.start("b")
     assert (started.unit, started.dependencies, started.waited >= 0) == ("b", [], True)
     client.complete("b")
@@ -5452,6 +5462,7 @@ def test_the_timeline_as_json_has_times_since_the_first_sign() -> None:
         **{"exit_code": None, "is_waiting": False, "locks": [], "blocked_by": {}, "running_on": False},
         "exit_reason": "",
     }
+    assert coder_sync.timeline_data(STARTUPS["nothing"])["seconds"] == 0
 
 
 def test_a_timeline_that_an_older_version_saved_is_read() -> None:
@@ -5647,6 +5658,8 @@ $ timeline --compare DIR -> 2: cannot read DIR: Is a directory
 $ timeline --compare DIR/bad.json -> 2: DIR/bad.json is not a timeline as `timeline -o json` prints it
 """
     play(call, little, transcript.replace("DIR", str(tmp_path)))
+    words = ("--compare", f"{tmp_path}/none.json", "--socket-path", f"{tmp_path}/none")
+    assert call(little, "timeline", *words).returncode == 2  # the agent is asked last
 
 
 def test_why_names_the_process_and_says_whether_it_runs(agent: World, call: Call) -> None:
@@ -6706,7 +6719,7 @@ coder_sync.signal_to = spy
     files = {"left": "(trap '' TERM; : > up; cat end) & while ! test -e up; do :; done; exit 3"}
     files.update(deaf="@timeout 50ms\ntrap '' TERM; exec cat gate", obeys="@timeout 50ms\nsleep 60 & sleep 60")
     end = Gate(world, "end")
-    told = Boot(world, files, "--grace", "100ms", patch=spy).ends(1, "", leaves=True)
+    told = Boot(world, files, "--grace", "500ms", patch=spy).ends(1, "", leaves=True)
     gate.open(), end.open()
     lines = read_lines(world.directory / "signals")
     pids = re.findall(r"(?:exit code 3|timed out after 50ms); cannot be killed: (\d+) \(", told)
@@ -6840,6 +6853,19 @@ def test_a_signal_to_a_run_that_ends_what_its_command_has_left_kills_that(agent:
     done = stopped(run)
     assert (done.returncode, done.stderr, agent.client.status("a").reason) == (3, "", "exit code 3")
     assert time.monotonic() - began < coder_sync.Task.grace / 2
+
+
+@needs_proc
+def test_a_signal_to_a_run_leaves_a_service_in_the_background_time_to_end(agent: World) -> None:
+    daemon = "trap 'echo bye; exit' TERM; : > up; while :; do sleep 0.01; done"
+    script = f'setsid sh -c "{daemon}" & echo $$; until test -e go; do sleep 0.01; done'
+    run = agent.popen("run", "a", "--ready", "file:up", "--", "sh", "-c", script)
+    first = int(line_of(run.stdout))
+    happened(agent, "a", "completed")
+    (agent.directory / "go").touch()
+    until(lambda: not alive(first))
+    done = stopped(run)
+    assert (done.returncode, done.stdout, agent.client.status("a").reason) == (143, "bye\n", "stopped")
 
 
 @needs_proc
@@ -7278,6 +7304,21 @@ def test_a_key_of_the_terminal_reaches_the_command_once(world: World) -> None:
 
 
 @needs_proc
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_signal_is_obeyed_even_if_the_background_process_is_stopped(world: World, ready: bool) -> None:
+    files = {"db": service("db") if ready else "echo $$ > db.pid; sleep 60"}
+    boot = Boot(world, files, "--stay", "--grace", "0", patch="coder_sync.LAST_WAIT = 0.1")
+    boot.says("staying") if ready else until(lambda: read_lines(world.directory / "db.pid"))
+    background = boot.background()
+    os.kill(background, signal.SIGSTOP)
+    boot.signal()
+    boot.says("error: boot's background process has not ended; is it stopped?")
+    assert boot.process.wait(PATIENCE) == 143
+    os.kill(background, signal.SIGCONT)
+    boot.gone()
+
+
+@needs_proc
 def test_a_second_signal_gives_services_no_more_time(world: World) -> None:
     files = {"db": service("db", end=": > told; sleep 60; ")}
     boot = Boot(world, files, "-q", "--grace", "1m", "--", "sh", "-c", "echo on; exec sleep 60")
@@ -7423,6 +7464,9 @@ os.posix_spawnp = spawn
     (world.directory / "room").touch()
     gate.open()
     boot.ends(0, "late | late\n")
+    (world.directory / "room").unlink()  # while only services run, which may never end, nobody waits for room
+    boot = Boot(world, {"db": service("db"), "late": "@want db"}, "--", "true", patch=full)
+    boot.ends(1, "", "failed: late (cannot run", "late: Too many open files); ")
 
 
 def test_a_log_that_cannot_be_written_is_told_once_and_the_boot_goes_on(world: World) -> None:
@@ -7455,6 +7499,14 @@ def test_an_agent_refuses_nothing_of_a_boot_in_which_a_unit_is_skipped(world: Wo
     Boot(world, {"a": "false", "b": "@want a"}).ends(1)
     said = stopped(agent).stderr
     assert "b: skipped" in said and "refused" not in said
+
+
+def test_a_unit_that_is_skipped_as_it_is_claimed_does_not_hold_up_its_boot(agent: World) -> None:
+    agent.client.start("x")
+    agent.client.fail("x")
+    files = {"a": "@extern x\n@want x", "b": "echo b"}
+    Boot(agent, files).ends(1, "b | b\n")
+    assert agent.status("a") == "skipped"
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
@@ -7510,6 +7562,15 @@ def test_a_unit_that_others_complete_between_its_tries_is_not_tried_again(world:
     gate.open()
     assert "died: " not in boot.ends(0)
     assert read_lines(world.directory / "n") == ["n"]
+
+
+@pytest.mark.parametrize("ready", ["", "@ready file:up\n"], ids=["script", "service"])
+def test_what_others_fail_just_before_it_completes_has_their_reason(world: World, gate: Gate, ready: str) -> None:
+    others = "args[2].status == 'completed' and was(*args[:2], coder_sync.Outcome('failed', 'by others'))"
+    boot = Boot(world, {"a": f"{ready}: > up; cat gate"}, patch=when_reported(others))
+    if not ready:
+        gate.open()
+    boot.ends(1, "", "failed: a (by others); ")
 
 
 @pytest.mark.parametrize("ready", ["", "@ready file:up\n"], ids=["script", "service"])
