@@ -663,7 +663,7 @@ def user_name(uid: int) -> str:
 LATE = 1.0  # seconds after a time-out for which a client still waits for the agent's answer
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 RETRIED = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN, errno.EACCES)  # errors while an agent starts
-UNSHARED = 0.2  # seconds, at most, between an agent's making its socket and its sharing it with other users
+UNSHARED = 0.2  # seconds, at most, until an agent lets other users connect to the socket that it has made
 NAMED_AFTER = 5.0  # seconds of silence before a warning; after REPLY_TIMEOUT the agent is taken for gone
 COORDINATING = ("want", "start", "wait", "complete", "fail", "reset")  # methods that wait for an agent to start
 
@@ -996,7 +996,7 @@ class BaseClient:
 
 
 class Start:
-    """A unit that has been started over a connection. With `hold` it fails if the connection closes before it ends."""
+    """A unit started over a connection. With `hold` it fails if the connection closes before the unit has ended."""
 
     def __init__(
         self, client: BaseClient, unit: str, timeout: float, on_wait: Any = None, hold: bool = False, **params: Any
@@ -1098,7 +1098,7 @@ def signed(text: str) -> int:
 class Argument:
     """An option or a positional of a command, declared in the words of argparse's add_argument.
 
-    Unlike there, the default is an empty text, or an empty list if the argument may be repeated.
+    Unlike in argparse, the default is an empty text, or an empty list if the argument may be repeated.
     """
 
     def __init__(self, *names: str, **words: Any) -> None:
@@ -1129,8 +1129,8 @@ def flag(*names: str, help: str) -> Argument:
 class Command:
     """A decorator that makes a function `cmd_NAME` the command NAME, with an example and arguments.
 
-    Its last positional may be repeated. `tail` is "*" or "+" if the words after `--` are a command to run, which may or
-    must be there. The docstring of the function is its help; it returns the exit status, or None for 0.
+    Only its last positional may be repeated. `tail` says whether the words after `--` are a command to run: "*" if they
+    may be, "+" if they must be. The docstring of the function is its help; it returns the exit status, or None for 0.
     """
 
     parse: ClassVar[Callable[[Sequence[str]], tuple[Command, Args]]]  # with argparse; set below the cut
@@ -2152,7 +2152,7 @@ class Unit:
         self.facts = object.__new__(UnitStatus)  # attributes that are not set have their defaults and take no memory
         self.root = ""  # the first failure that caused the unit to be skipped
         self.last: Claim | None = None  # the held claim that was granted last
-        self.lost = False  # that claim has ended, and perhaps not the command
+        self.lost = False  # whether that claim ended while the command may have run on
         self.owner_is_command = False  # the owner in `facts` is the command itself, as its supervisor has said
 
     def first(self) -> Claim | None:
@@ -2160,7 +2160,7 @@ class Unit:
         return self.holder or next(iter(self.line), None)
 
     def is_taken(self) -> bool:
-        """Return whether a further start is refused; it may wait in line while an answer is being delivered."""
+        """Return whether a further start is refused; while the answer to an earlier one is sent, it waits in line."""
         if self.status in ENDED:
             return self.holder is not None
         return self.status == STARTED and (self.holder is None or self.holder.delivered)
@@ -2255,7 +2255,7 @@ class StopOrder(Record):
 
     supervisor: Claim
     deadline: float = NEVER
-    send_by: float = NEVER  # at the latest; before, when no unit that depends on this one is being stopped any more
+    send_by: float = NEVER  # when to send it even if units that depend on this one are still being stopped
     sent: float = NEVER  # the deadline that was sent
 
 
@@ -2353,9 +2353,9 @@ class Units:
                 self._end_claim(claim)
 
     def end_claims(self, claims: Iterable[Claim], why: str) -> None:
-        """End claims before their time, all in one step; there is no other way in which they end so.
+        """End claims before their time, all in one step. Nothing else ends them so.
 
-        `why`: the caller is gone, its process has ended, TIMED_OUT. The next claim in line goes on. If there is none, a
+        `why` is TIMED_OUT, or says what has become of the caller. The next claim in line goes on. If there is none, a
         unit that has not ended fails if the claim was held, else it is pending.
         """
         ended: dict[Unit, tuple[Claim, str]] = {}  # a held claim, if there is one, and the reason if the unit fails
@@ -2728,7 +2728,7 @@ class Units:
         return reason
 
     def _lose(self, claim: Claim) -> str:
-        """End a granted claim; return the reason with which its unit fails: at once if its command ran on."""
+        """End a granted claim; return the reason for its unit to fail. If its command ran on, fail the unit at once."""
         unit, ran_on = claim.unit, claim.unit.facts.running_on
         by = f"the {'boot' if claim.boot else 'run'} that ran " if unit.owner_is_command else ""
         command = "that process" if unit.owner_is_command else "its command"
@@ -6858,7 +6858,7 @@ def own_channel(host: Host) -> Channel:
 # In place of the hash of the source, they have their length and half of their own hash.
 # ----------------------------------------------------------------------------------------------------------
 
-PLACE = 2048  # bytes for the lines of sh, and for __main__: where a running `python3 PATH` looks for it, in any version
+PLACE = 2048  # bytes for the lines of sh, and for __main__, so that a new copy has it where a running Python looks
 COMPILE = f"""\
 import __future__
 import sys
@@ -6908,7 +6908,7 @@ def application(python: str) -> bytes:
         source = source_in(file.read())
     call = source.split(b"\n", 2)[2].partition(b'"""')[0]
     launcher = call.split(b"'")[1].replace(b"argv[1]", b"argv[0]")
-    call = call.replace(b"python3", shlex.quote(python or "python3").encode(), 1)
+    call = call.replace(b"python3", os.fsencode(shlex.quote(python or "python3")), 1)
     about = f"# coder_sync {__version__}, installed: a zip archive with its source (`unzip -p FILE coder_sync.py`)\n"
     data = io.BytesIO((b"#!/bin/sh\n" + about.encode() + call).ljust(PLACE, b"\n"))
     above, below = (ask_python(python, *COMPILING, data=half) for half in halves(source))
@@ -7550,15 +7550,18 @@ def cmd_completion(args: Args) -> None:
 
 
 def bash_candidates(line: str, word: str) -> list[str]:
-    """Return what may replace `word`, the end of `line` behind a `:` or `=`, quoted for bash; nothing inside quotes."""
+    """Return what may replace `word`, quoted for bash; nothing if `line` ends inside quotes.
+
+    To bash a word begins also behind a `:` or `=`, so that `word` may be the end of the last word of `line` only.
+    """
     import re
     import shlex
 
     try:
-        words = shlex.split(line.rstrip("\\"))
+        words = shlex.split(line + ".")  # so that there is a last word, also behind a blank or a backslash
     except ValueError:  # a quote is open
         return []
-    words += [""] if line[-1:].isspace() else []
+    words[-1] = words[-1][:-1]
     size = len(words[-1]) - len(word.replace("\\", ""))  # of the part that bash leaves as it is
     return [re.sub(r"([^\w@%+=:,./-])", r"\\\1", found[size:]) for found in candidates(words[1:])]
 

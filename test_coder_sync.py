@@ -2072,6 +2072,7 @@ TYPED = {  # before the Tab, and after
     "star": "start ",
     "start x:": "start x:only ",
     "start a:b": "start a:b ",
+    "start my\\ ": "start my\\ unit ",
     "start my\\ u": "start my\\ unit ",
     "start it": "start it\\'s\\ \\$\\(exit\\) ",
     "list --output=j": "list --output=json ",
@@ -4580,6 +4581,14 @@ def test_the_same_input_gives_the_same_copy(world: World) -> None:
         done = command(world, sys.executable, str(source), "install", str(copy), env=env)
         assert (done.returncode, done.stdout) == (0, f"{copy}: installed for {sys.executable}\n")
         assert copy.read_bytes() == installed().read_bytes()
+
+
+@LINUX
+def test_the_path_of_the_python_may_be_any(world: World) -> None:
+    python = str(world.directory / "it's \udcff")
+    os.symlink(sys.executable, python)
+    assert install(world, "--python", python, "copy", errors="replace").returncode == 0
+    assert command(world, "./copy", "--version").stdout == f"coder_sync {coder_sync.__version__}\n"
 
 
 def test_another_python_runs_it_from_the_source_and_serve_says_so_once(world: World) -> None:
