@@ -3727,11 +3727,11 @@ class Agent:
             return self.leaving
 
     def stop_units(self, everything: bool, grace: float) -> Stop | None:
-        """Begin to stop commands that run on, or all that have a supervisor, and start none. None if there are none."""
+        """Begin to stop services, also those not ready yet, or all that have a supervisor. None if there are none."""
         with self.lock:
             self._refuse_claims()
-            units = self.units.units.values()
-            names = [u.name for u in units if u.facts.running_on or (everything and u.supervisor())]
+            supervised = [unit for unit in self.units.units.values() if unit.supervisor()]
+            names = [unit.name for unit in supervised if everything or unit.facts.running_on or unit.facts.probe]
             if not names:
                 return None
             stop = self.units.stop([] if everything else names, None, grace)
@@ -4042,7 +4042,7 @@ class Host(Record):
                 self.agent.log.say(f"{self.path} was removed: {error}", 0)
 
     def stop_units(self, loop: Loop, everything: bool) -> None:
-        """Stop the commands that run on, or all, within GRACE, or at once if a signal comes."""
+        """Stop services, or all commands, within GRACE, or at once if a signal comes."""
         stop = self.agent.stop_units(everything, GRACE)
         if stop:
             self.agent.log.say(f"stopping {some_names([unit.name for unit in stop.units])}")

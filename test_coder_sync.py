@@ -4211,12 +4211,16 @@ def test_stop_has_supervisors_end_what_runs_dependents_first_and_says_what(agent
 @pytest.mark.parametrize("how", ["TERM", "shutdown", "replace", "TERM twice"], ids=hyphenated)
 def test_an_agent_that_is_to_end_has_its_services_ended_first(world: World, how: str) -> None:
     agent = world.serve(stderr=subprocess.PIPE)
-    db, run, waiting = Supervisor(world, "db"), world.connect(), world.connect()
+    db, run, soon, waiting = Supervisor(world, "db"), world.connect(), world.connect(), world.connect()
     assert "result" in run.call("start", unit="job", supervisor=True)
+    assert "result" in soon.call("start", unit="soon", supervisor=True)
+    assert "result" in soon.call("owner", unit="soon", ready="tcp:1")
     waiting.request("start", unit="late", dependencies=["job"])
     words = {"shutdown": ["shutdown"], "replace": ["serve", "--replace"]}.get(how)
     other = world.popen(*words) if words else agent.terminate()
     assert coder_sync.GRACE - 2 < db.told() <= coder_sync.GRACE
+    assert soon.read()["params"]["unit"] == "soon"  # a service that is not ready yet
+    assert "result" in soon.call("fail", unit="soon")
     assert waiting.read()["error"]["message"] == "the agent is shutting down"
     assert world.client.ping()["pid"] == agent.pid  # it answers questions, but nothing begins
     with pytest.raises(Unreachable, match="the agent is shutting down"):
@@ -4226,7 +4230,7 @@ def test_an_agent_that_is_to_end_has_its_services_ended_first(world: World, how:
         assert db.told() == 0
     db.ended()
     done = finish(agent)
-    assert done.returncode == 0 and "stopping db\n" in done.stderr
+    assert done.returncode == 0 and "stopping db, soon\n" in done.stderr
     assert run.read() is None  # nobody has told it to stop
     if other and how == "shutdown":
         assert finish(other).returncode == 0
