@@ -3137,9 +3137,7 @@ def test_our_own_failure_before_the_command_is_125(call: Call, agent: World, tem
         assert (done.returncode, done.stdout) == (125, "") and said in done.stderr
 
 
-def test_a_command_gets_input_arguments_the_environment_default_signals_and_no_stray_descriptors(
-    shared: World, words: list[str]
-) -> None:
+def test_a_command_gets_its_streams_arguments_default_signals_and_nothing_else(shared: World, words: list[str]) -> None:
     code = """import os, signal, sys
 print(sys.stdin.read(), os.environ.get("CODER_SYNC_UNIT", ""), os.environ["EXTRA"], sys.argv[1:])
 print("err", file=sys.stderr)
@@ -3242,7 +3240,7 @@ def test_process_1_with_a_command_takes_the_ends_of_orphans_and_obeys_term(share
 
 
 @NAMESPACES
-def test_an_agent_as_process_1_takes_the_ends_of_orphans_and_has_all_that_runs_ended(world: World) -> None:
+def test_an_agent_as_process_1_reaps_orphans_and_has_all_that_runs_ended(world: World) -> None:
     outside = world.spawn([*UNSHARE, *program(), "serve", "-q"])
     (inside,) = until(lambda: [pid for pid in children_of(outside.pid) if serves(world)])
     enter = ["nsenter", "-t", str(inside), "-p", "-m", "sh", "-c", ORPHANS]
@@ -3660,7 +3658,7 @@ def first(seconds, sleep=time.sleep):
 time.sleep = first"""
 
 
-def test_a_call_begun_before_its_agent_succeeds_also_beside_the_socket_of_a_dead_one(world: World) -> None:
+def test_a_call_begun_before_its_agent_succeeds_also_beside_a_dead_socket(world: World) -> None:
     world.env["CODER_SYNC_CONNECT_TIMEOUT"] = "30s"
 
     def tried(line: str) -> subprocess.Popen[str]:
@@ -4036,7 +4034,7 @@ def test_a_run_that_may_not_complete_its_unit_ends_its_command(agent: World) -> 
     assert agent.client.status("a").reason == "no"
 
 
-def test_a_run_whose_unit_others_have_failed_returns_the_status_of_a_command_that_ends(agent: World) -> None:
+def test_a_run_whose_unit_others_have_failed_returns_the_status_of_its_command(agent: World) -> None:
     done = agent.run("run", "a", "--", sys.executable, "-IS", str(FILE), "fail", "a", "--reason", "no")
     assert (done.returncode, agent.client.status("a").reason) == (0, "no")
     assert done.stderr.startswith("warning: a: its outcome (exit code 0) may not have been reported: ")
@@ -6090,7 +6088,7 @@ b     a, d (start)
     assert not (world.directory / "ran").exists() and not os.path.exists(world.path)
 
 
-def test_after_and_before_count_for_what_is_part_of_the_boot_unless_a_want_says_more(
+def test_after_and_before_count_for_parts_of_the_boot_unless_a_want_says_more(
     world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
     files = {"a": "@before x y nowhere clon", "x": "@after b c nowher", "y": "@want a --requires start"}
@@ -7323,7 +7321,7 @@ def test_a_signal_is_obeyed_even_if_the_background_process_is_stopped(world: Wor
 
 
 @needs_proc
-def test_what_is_to_end_is_killed_even_if_the_background_process_was_stopped_meanwhile(world: World) -> None:
+def test_what_is_to_end_is_killed_though_the_background_process_was_stopped(world: World) -> None:
     files = {"db": service("db", end='trap "" TERM; : > told; exec sleep 60; ')}
     boot = Boot(world, files, "--stay", "--grace", "500ms", patch="coder_sync.LAST_WAIT = 0.1")
     boot.says("staying")
@@ -7357,7 +7355,7 @@ def test_with_fail_fast_a_service_that_dies_ends_the_command_first(world: World)
     assert ended(world) == ["web", "db"]
 
 
-def test_with_fail_fast_a_service_that_dies_before_the_command_begins_keeps_it_from_that(world: World) -> None:
+def test_with_fail_fast_the_death_of_a_service_keeps_the_command_from_beginning(world: World) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
