@@ -2847,7 +2847,7 @@ ln -s elsewhere agent.sock.lock         | | cannot open {0}/agent.sock.lock: (To
 echo 1 > that; ln that agent.sock.lock  | | {0}/agent.sock.lock has another name, too, so that it may be any file; .*
 :                                       | --socket-path {1} | .*/x+: too long for a socket path; .*
 :> file                                 | --socket-path file/in/s | cannot make the directory {0}/file/in: Not a dir.*
-mkfifo f                                | --log-file f | cannot write .*f: No such device .*
+mkfifo f                                | --quiet --log-file f | cannot write .*f: No such device .*
 :                                       | --pid-file no/file --detach | cannot write .*no/file: No such file .*
 ln -s /dev/full f                       | --pid-file f | cannot write .*f: No space left .*
 """
@@ -4789,6 +4789,12 @@ def test_calls_return_typed_results(agent: World) -> None:
 
     client.start("a", on_wait=on_wait)
     assert calls == [(["c"], 0)]
+
+
+def test_status_says_what_a_misspelt_dependency_may_mean(agent: World) -> None:
+    agent.client.want("git-clone", "network")
+    agent.client.want("ide", "git_clone")
+    assert agent.client.status("ide").dependencies[0].did_you_mean == "git-clone"
 
 
 ERRORS: list[tuple[type, int, Callable[[Client], Any], str]] = [
