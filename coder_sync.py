@@ -4187,9 +4187,11 @@ def state_word(unit: UnitStatus) -> str:
         return unit.exit_reason
     if unit.exited is not None:
         return "exited" if unit.status == COMPLETED else "died"
-    if unit.status == STARTED and not is_gone(unit):
+    if is_gone(unit):
+        return "gone"
+    if unit.status == STARTED:
         return "probing" if unit.probe else "running"
-    return "gone" if is_gone(unit) else unit.status
+    return unit.status
 
 
 def reason_text(unit: UnitStatus) -> str:
@@ -4662,7 +4664,9 @@ def graph_mermaid(graph: Graph) -> str:
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """Return the graph for JSON."""
-    edges = [{"unit_name": u, "depends_on": d, "requirement": r} for d, u, r, _ in Startup(graph).edges]
+    edges = [
+        {"unit_name": u.unit_name, "depends_on": d, "requirement": r} for u in graph.nodes for d, r in u.wants.items()
+    ]
     return {"units": plain_units(graph.nodes, ("unit_name", "status", "reason", "running_on")), "edges": edges}
 
 
@@ -5239,7 +5243,7 @@ class Task:
 
     def __init__(self, loop: Loop, link: Link, unit: str, command: list[str], limits: Limits) -> None:
         self.loop, self.link, self.unit, self.command, self.limits = loop, link, unit, command, limits
-        self.command_text, self.log = command_text(command), ""  # for the agent; `log` is the path of its output
+        self.command_text = self.log = ""  # for the agent; `log` is the path of its output
         self.env: dict[bytes, bytes] = {}
         self.env_path = self.notify_path = ""  # its $CODER_SYNC_ENV and $NOTIFY_SOCKET
         self.state, self.due = WAITING, {}  # type: tuple[str, dict[Callable[[], None], float]]
@@ -5627,6 +5631,7 @@ class Run(Task):
         link.open(start.channel)
         path = os.path.abspath(start.channel.path)
         self.env = environment(**{"CODER_AGENT_SOCKET_PATH": path, **start.environment})
+        self.command_text = command_text(args.command)
         self.quiet = args.quiet
         self.directory = private_directory()
         self.use_directory(self.directory)
@@ -7411,12 +7416,10 @@ but notify, and needs no agent.
 """
 
 
-def key_comments(kind: type[Record]) -> dict[str, str]:
-    """Return the keys of a record in JSON, each with its comment in the source."""
+def key_comments(source: str, kind: type[Record]) -> dict[str, str]:
+    """Return the keys of a record in JSON, each with its comment in our source."""
     import re
 
-    with open(FILE, "rb") as file:
-        source = source_in(file.read()).decode()
     fields = source.partition(f"\nclass {kind.__name__}(Record):\n")[2].partition("\n\n\n")[0]
     comments = re.findall(r"^    (\w+): .*?(?:  # (.*))?$", fields, re.M)
     return {key: text for key, text in comments if key not in NOT_SENT}
@@ -7424,8 +7427,10 @@ def key_comments(kind: type[Record]) -> dict[str, str]:
 
 def help_json() -> str:
     """Return the help on what is printed as JSON."""
+    with open(FILE, "rb") as file:
+        source = source_in(file.read()).decode()
     rows = []
-    for key, comment in key_comments(UnitStatus).items():
+    for key, comment in key_comments(source, UnitStatus).items():
         marks = "s" + ("l" if key in LIST_KEYS else "") + ("t" if key in TIMELINE_KEYS else "")
         rows.append([key, marks, comment])
     text = f"""\
@@ -7439,7 +7444,7 @@ not been is null. Newer versions may add keys.
 """
     events = "what `events` prints, one object a line"
     for title, kind in (('each of "dependencies"', Dependency), ('"owner"', Owner), (events, Event)):
-        lines = [f"  {key.ljust(17)} {comment}\n" for key, comment in key_comments(kind).items()]
+        lines = [f"  {key.ljust(17)} {comment}\n" for key, comment in key_comments(source, kind).items()]
         text += f"\nKeys of {title}:\n" + "".join(lines)
     return text
 
